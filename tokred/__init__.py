@@ -1,0 +1,1 @@
+"""Learnable token reduction in JAX and Flax."""

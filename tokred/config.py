@@ -1,0 +1,190 @@
+"""The default config: every field that a recipe may set, with the value it has when the recipe is silent.
+
+A recipe in `configs/` starts from `default()`, changes what it is about and returns it locked, so that a misspelt
+override fails. `complete` does the same for a plain dict that names only some of the fields.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def default() -> ConfigDict:
+  """All fields and their defaults; lengths of time are in optimiser steps unless the name says epochs."""
+  config = ConfigDict()
+  config.seed = 0
+  config.init = ""  # where the weights come from: run directory, export or weights file; "" draws them anew
+
+  config.model = ConfigDict(
+    dict(
+      name="vit",
+      variant="Ti/16",  # size/patch: mu, Ti, S, B, L, So400m, H, g
+      width=0,  # 0: as the variant says; likewise the next three
+      depth=0,
+      num_heads=0,
+      mlp_dim=0,
+      image_size=(224, 224),  # (height, width) in pixels, multiples of the patch
+      channels=3,
+      num_classes=1000,
+      pool="cls",  # cls, avg (mean of the patches), map (attention pooling)
+      distilled=False,  # a distillation token with a head of its own; logits are the mean of both heads
+      num_registers=0,  # register tokens after CLS, read by nobody
+      position="learned",  # learned, sincos2d
+      layer_scale=0.0,  # initial value; 0: no LayerScale
+      drop_path=0.0,  # stochastic depth at the last block; grows linearly from 0 at the first
+      qkv_bias=True,
+      qk_norm=False,
+      remat=False,  # recompute each block in the backward pass
+      dtype="float32",  # of activations: float32, bfloat16; parameters, softmax and ranking stay float32
+      attention="auto",  # auto, matmul, fused
+    )
+  )
+
+  config.sites = ConfigDict()  # name -> {reducer, layers, place, keep, rate, ...}; see tokred/sites.py
+
+  config.rates = ConfigDict(
+    dict(
+      freeze_step=0,  # from this step on learned rates are integers and training gathers; 0: never
+      multiple_of=1,  # frozen counts are rounded to the nearest multiple
+    )
+  )
+
+  config.data = ConfigDict(
+    dict(
+      name="digits",  # digits, image_folder, or the name of a TFDS data set
+      data_dir="",  # TFDS directory, or the folder of images
+      train_split="train",  # split syntax of TFDS
+      eval_split="test",
+      mean=(0.5, 0.5, 0.5),
+      std=(0.5, 0.5, 0.5),
+      resize="bilinear",  # nearest, bilinear, bicubic, lanczos
+      crop_fraction=1.0,  # evaluation: share of the shorter side that the central crop keeps
+      flip=False,
+      pad_crop=0,  # pixels of padding before a random crop of the original size
+      random_resized_crop=0.0,  # smallest share of the area; 0: off
+      randaugment_layers=0,  # operations per image; 0: off
+      randaugment_magnitude=9,  # 0 to 10
+      random_erasing=0.0,  # probability
+      mixup=0.0,  # alpha of the Beta distribution; 0: off
+      cutmix=0.0,
+      num_workers=0,  # worker processes; 0: in this process
+      prefetch=2,  # batches kept ready on the device
+      in_memory=True,  # decode the data set once and keep it
+      bad_images="error",  # error, skip (counted in the log)
+    )
+  )
+
+  config.train = ConfigDict(
+    dict(
+      steps=0,  # 0: as `epochs` says
+      epochs=10.0,
+      batch_size=128,  # examples per optimiser step, over all devices
+      accumulate=1,  # micro-batches per optimiser step
+      mode="mask",  # mask (learn at full length), gather (counts are integers)
+      log_every=20,
+      eval_every=0,  # 0: at the end only
+      checkpoint_every=200,
+      keep_checkpoints=2,
+    )
+  )
+
+  config.optim = ConfigDict(
+    dict(
+      name="adamw",  # an optimiser of optax: adamw, sgd, lamb, lion, adafactor, ...
+      lr=1e-3,
+      schedule="cosine",  # constant, cosine, linear
+      warmup_steps=0,
+      end_lr=0.0,
+      b1=0.9,
+      b2=0.999,
+      momentum=0.9,  # sgd only
+      weight_decay=0.05,
+      no_decay=(r".*(bias|scale|pos_embed|cls_token|dist_token|registers)$", r".*/rate/.*"),  # regexes of paths
+      multipliers=(),  # ((regex, factor), ...): the first match scales the learning rate
+      freeze=(),  # regexes: parameters that never change
+      freeze_until=(),  # ((regex, step), ...): parameters that do not change before the step
+      clip_norm=1.0,  # 0: off
+      ema=0.0,  # decay of the average that is evaluated; 0: off
+    )
+  )
+
+  config.loss = ConfigDict(
+    dict(
+      label_smoothing=0.0,
+      cross_entropy=1.0,  # from here on: weights; a term of weight 0 is not computed
+      distill_logits=0.0,  # KL to the teacher's logits
+      distill_tokens=0.0,  # squared distance to the teacher's tokens, over survivors
+      keep_ratio=0.0,  # squared distance of each selector's kept share from its keep rate
+      budget=0.0,  # squared distance of the cost from `target`, both as shares of the dense cost
+      consistency=0.0,  # squared distance of the pooled feature from that of a less reduced pass
+      router=0.0,  # cross-entropy of each router's logits against its choice
+      temperature=1.0,  # of distill_logits
+      target=0.5,  # budget: share of the dense FLOPs
+    )
+  )
+  config.teacher = ""  # run directory, export or weights of the teacher; "": the weights of `init`, without sites
+
+  config.mesh = ConfigDict(
+    dict(
+      data=-1,  # devices along each axis; -1: all that are left
+      fsdp=1,
+      tensor=1,
+      rules=(),  # ((regex, spec), ...) before the default rules; a spec is a tuple of axis names and None
+    )
+  )
+  config.eval = ConfigDict(dict(batch_size=250))
+  return config
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+  """The end of an error message: the nearest valid name, where one is near, and all of them."""
+  valid = sorted(valid)
+  close = difflib.get_close_matches(name, valid, n=1)
+  return (f"did you mean {close[0]!r}? " if close else "") + f"valid: {', '.join(valid)}"
+
+
+def complete(config: Mapping[str, Any]) -> ConfigDict:
+  """`default()` with the fields that `config` names.
+
+  Args:
+    config: ConfigDict or plain nested dict; every field optional.
+
+  Returns:
+    A locked ConfigDict with every field.
+
+  Raises:
+    ValueError: an unknown field or a value of another type than the default's; the message names the field.
+  """
+  given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+  full = default()
+  for group, value in given.items():
+    if group not in full:
+      raise ValueError(f"config.{group} is not a field; {nearest(group, full)}")
+    if not isinstance(full[group], ConfigDict):
+      _set(full, group, value, f"config.{group}")
+    elif not isinstance(value, (Mapping, ConfigDict)):
+      raise ValueError(f"config.{group}={value!r} must be a dict of fields; {nearest(group, full[group])}")
+    elif group == "sites":
+      full.sites = ConfigDict({name: dict(site) for name, site in value.items()})
+    else:
+      for field, leaf in value.items():
+        if field not in full[group]:
+          raise ValueError(f"config.{group}.{field} is not a field; {nearest(field, full[group])}")
+        _set(full[group], field, leaf, f"config.{group}.{field}")
+  return full.lock()
+
+
+def _set(parent: ConfigDict, field: str, value: Any, name: str) -> None:
+  if isinstance(parent[field], tuple) and isinstance(value, list):  # JSON has no tuples
+    value = _tuples(value)
+  try:
+    parent[field] = value
+  except TypeError:
+    wanted = type(parent[field]).__name__
+    raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; valid: {wanted}") from None
+
+
+def _tuples(value: Any) -> Any:
+  return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,88 @@
+"""What a forward pass costs, as a differentiable function of how many tokens each layer sees.
+
+A multiply-add is one MAC and two FLOPs.  Papers of this field print MACs and call them FLOPs ("DeiT-S has 4.6 GFLOPs");
+`macs` gives their figure and `flops` what XLA counts, element-wise work included.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tokred.tokens import straight_through
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Of a plain transformer encoder for images."""
+
+  width: int
+  mlp_dim: int
+  num_heads: int
+  patches: int  # at the input
+  patch_dim: int  # channels x patch x patch
+  num_tokens: int  # at the input, prefix tokens counted
+  num_classes: int
+  num_heads_out: int = 1  # classification heads: 2 with a distillation token
+  map_pool: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+  """Token counts along the depth; numbers or traced scalars."""
+
+  attention: tuple[Any, ...]  # tokens in each layer's attention
+  mlp: tuple[Any, ...]  # tokens in each layer's MLP
+  final: Any  # tokens at the head
+  extra_macs: Any = 0.0  # what the reducers compute themselves
+
+
+def min_st(arriving: Any, counts: Sequence[Any]) -> Any:
+  """The smallest of all; each count, binding or not, gets the whole gradient, and `arriving` none.
+
+  Thus a rate sees the cost of what comes right after it, and is pushed also where another one binds (DiffRate, as
+  its authors compute it).
+  """
+  if all(isinstance(n, (int, float)) for n in (arriving, *counts)):
+    return min(arriving, *counts) if counts else arriving
+  smallest = jnp.min(jnp.stack([jnp.asarray(n, jnp.float32) for n in (arriving, *counts)]))
+  return straight_through(smallest, sum(jnp.asarray(n, jnp.float32) for n in counts))
+
+
+def macs(sizes: Sizes, profile: Profile) -> Any:
+  """Multiply-adds of one image, as the papers count: 4 N D^2 + 2 N^2 D for attention, 2 N D mlp_dim for the MLP.
+
+  Returns:
+    A float, or a float32 scalar with a gradient where the profile is traced.
+  """
+  d = sizes.width
+  total = sizes.patches * d * sizes.patch_dim + sizes.num_heads_out * d * sizes.num_classes
+  for n in profile.attention:
+    total = total + 4.0 * n * d * d + 2.0 * n * n * d
+  for n in profile.mlp:
+    total = total + 2.0 * n * d * sizes.mlp_dim
+  if sizes.map_pool:
+    total = total + 2.0 * profile.final * d * (d + 1) + 2.0 * d * d + 2.0 * d * sizes.mlp_dim
+  return total + profile.extra_macs
+
+
+def flops(sizes: Sizes, profile: Profile) -> Any:
+  """FLOPs of one image: two a MAC, and the element-wise work of norms, softmax, GELU, biases and residuals."""
+  total = 2.0 * macs(sizes, profile)
+  for n in profile.attention:
+    total = total + n * sizes.width * NORM + n * n * sizes.num_heads * SOFTMAX
+  for n in profile.mlp:
+    total = total + n * sizes.width * NORM + n * sizes.mlp_dim * GELU
+  return total
+
+
+# FLOPs an element as XLA's cost analysis counts them (bias and residual included); fitted to compiled models.
+NORM, SOFTMAX, GELU = 14.0, 5.0, 12.0
+
+
+def measured(function: Any, *args: Any) -> float:
+  """FLOPs of a compiled function by XLA's own cost analysis."""
+  analysis = jax.jit(function).lower(*args).compile().cost_analysis()
+  return float((analysis[0] if isinstance(analysis, (list, tuple)) else analysis)["flops"])

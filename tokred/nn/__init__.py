@@ -1,0 +1,1 @@
+"""Backbones: attention, blocks with their places for reducers, ViT."""

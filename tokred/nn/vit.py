@@ -1,0 +1,309 @@
+"""Vision Transformer (Dosovitskiy et al., 2020, arXiv:2010.11929) with places for reducers in every block."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from tokred import cost
+from tokred import tokens as tk
+from tokred.config import nearest
+from tokred.nn import attention
+from tokred.sites import Reduce, Sites, Stack, parse
+from tokred.tokens import Array, Tokens
+
+VARIANTS = {  # width, depth, mlp_dim, num_heads
+  "mu": (32, 1, 128, 2),
+  "Ti": (192, 12, 768, 3),
+  "S": (384, 12, 1536, 6),
+  "B": (768, 12, 3072, 12),
+  "L": (1024, 24, 4096, 16),
+  "So400m": (1152, 27, 4304, 16),
+  "H": (1280, 32, 5120, 16),
+  "g": (1408, 40, 6144, 16),
+}
+CHOICES = {"pool": ("cls", "avg", "map"), "position": ("learned", "sincos2d"), "dtype": ("float32", "bfloat16")}
+
+
+@struct.dataclass
+class Output:
+  """What a model returns."""
+
+  logits: Array  # (B, classes) float32
+  counts: Any  # tokens leaving each block: ints in gather mode, else means over the batch, float32
+  tokens: Tokens  # after the final norm
+  features: Array  # (B, D) float32, what the head reads
+  aux: dict[str, Any]  # "reduce/<site>/<name>": one entry a spot
+
+
+class Shape(struct.PyTreeNode):
+  """The sizes of a ViT, all static."""
+
+  width: int = struct.field(pytree_node=False)
+  depth: int = struct.field(pytree_node=False)
+  mlp_dim: int = struct.field(pytree_node=False)
+  num_heads: int = struct.field(pytree_node=False)
+  patch: int = struct.field(pytree_node=False)
+  grid: tuple[int, int] = struct.field(pytree_node=False)
+  num_prefix_tokens: int = struct.field(pytree_node=False)
+  channels: int = struct.field(pytree_node=False)
+  num_classes: int = struct.field(pytree_node=False)
+  has_cls: bool = struct.field(pytree_node=False)
+  pool: str = struct.field(pytree_node=False)
+  distilled: bool = struct.field(pytree_node=False)
+
+  @property
+  def num_tokens(self) -> int:
+    return self.grid[0] * self.grid[1] + self.num_prefix_tokens
+
+  def sizes(self) -> cost.Sizes:
+    patches, patch_dim = self.grid[0] * self.grid[1], self.channels * self.patch**2
+    return cost.Sizes(
+      self.width, self.mlp_dim, self.num_heads, patches, patch_dim, self.num_tokens, self.num_classes,
+      1 + self.distilled, self.pool == "map",
+    )  # fmt: skip
+
+  def stack(self) -> Stack:
+    return Stack(self.depth, self.num_tokens, self.num_prefix_tokens, self.has_cls)
+
+
+def shape(config: ConfigDict) -> Shape:
+  """Reads and validates `config.model`.
+
+  Raises:
+    ValueError: names the field, the value and what is valid.
+  """
+  match = re.fullmatch(r"(\w+)/(\d+)", config.variant)
+  if not match or match[1] not in VARIANTS or int(match[2]) < 1:
+    raise ValueError(
+      f"config.model.variant={config.variant!r} must be size/patch; sizes: {', '.join(VARIANTS)}; the patch in pixels"
+    )
+  for field, valid in CHOICES.items():
+    if config[field] not in valid:
+      raise ValueError(f"config.model.{field}={config[field]!r} is unknown; {nearest(config[field], valid)}")
+  attention.implementation(config.attention)
+  given = (config.width, config.depth, config.mlp_dim, config.num_heads)
+  width, depth, mlp_dim, heads = VARIANTS[match[1]]
+  if config.width and not config.mlp_dim:
+    mlp_dim = 4 * config.width
+  width, depth, mlp_dim, heads = (g or d for g, d in zip(given, (width, depth, mlp_dim, heads), strict=True))
+  if width % heads:
+    raise ValueError(f"config.model.num_heads={heads} does not divide width={width}")
+  patch = int(match[2])
+  if len(config.image_size) != 2 or any(not isinstance(s, int) or s < patch or s % patch for s in config.image_size):
+    raise ValueError(f"config.model.image_size={config.image_size} must be (height, width), multiples of patch {patch}")
+  if config.num_classes < 1:
+    raise ValueError(f"config.model.num_classes={config.num_classes} must be at least 1")
+  if config.distilled and config.pool != "cls":
+    raise ValueError(f"config.model.distilled=True needs pool='cls', not {config.pool!r}")
+  if config.position == "sincos2d" and width % 4:
+    raise ValueError(f"config.model.width={width} must be a multiple of 4 for position='sincos2d'")
+  if not 0.0 <= config.drop_path < 1.0:
+    raise ValueError(f"config.model.drop_path={config.drop_path} must be in [0, 1)")
+  cls = config.pool == "cls"
+  prefix = int(cls) + int(config.distilled) + config.num_registers
+  grid = (config.image_size[0] // patch, config.image_size[1] // patch)
+  return Shape(
+    width, depth, mlp_dim, heads, patch, grid, prefix, config.channels, config.num_classes, cls, config.pool,
+    config.distilled,
+  )  # fmt: skip
+
+
+def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
+  """Fixed 2D positions, (1, height x width, D) float32.  (Chen et al., 2021, MoCo v3, arXiv:2104.02057)"""
+  y, x = np.mgrid[: grid[0], : grid[1]]
+  omega = 1.0 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
+  angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]
+  return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)[None].astype(np.float32)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention; returns the update and the features that were asked for."""
+
+  num_heads: int
+  needs: tuple[str, ...] = ()
+  qkv_bias: bool = True
+  qk_norm: bool = False
+  dtype: Any = jnp.float32
+  impl: str = "auto"
+
+  @nn.compact
+  def __call__(self, x: Array, size: Array | None, mask: Array | None) -> tuple[Array, dict[str, Array]]:
+    width = x.shape[-1]
+    heads = (self.num_heads, width // self.num_heads)
+    qkv = nn.DenseGeneral((3, *heads), use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
+    q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # (B, H, N, d) each
+    if self.qk_norm:
+      q, k = (nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"{n}_norm")(a) for n, a in (("q", q), ("k", k)))
+    out = attention.attend(q, k, v, size=size, mask=mask, impl=self.impl)
+    out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="proj")(out.swapaxes(1, 2))
+    return out, {need: attention.FEATURES[need](q, k, v, size=size, mask=mask) for need in self.needs}
+
+
+class Mlp(nn.Module):
+  """Two layers with an exact GELU between them."""
+
+  hidden: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    h = nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(nn.gelu(h, approximate=False))
+
+
+class Block(nn.Module):
+  """x + MHSA(LN x), reduce, x + MLP(LN x); reducers may stand before it and around it too."""
+
+  config: Any  # config.model, frozen
+  shape: Shape
+  sites: Sites
+  layer: int
+
+  @nn.compact
+  def __call__(
+    self, tokens: Tokens, keeps: Mapping[str, Array] | None, train: bool, mode: str
+  ) -> tuple[Tokens, dict[str, Any]]:
+    reduce = Reduce(self.sites.at(self.layer, "before", "around", "attn"), name="reduce")
+    tokens, aux = reduce(tokens, "before", keeps, train=train, mode=mode)
+    if not self.sites.at(self.layer, "around"):
+      tokens, report = self._body(tokens, reduce, keeps, train, mode)
+      return tokens, aux | report
+    index = jnp.broadcast_to(jnp.arange(tokens.x.shape[1], dtype=jnp.int32), tokens.mask.shape)
+    inner, route = reduce(tokens.replace(owner=index), "around", keeps, train=train, mode=mode)
+    inner, report = self._body(inner, reduce, keeps, train, mode)
+    (weight,) = [v for name, v in route.items() if name.endswith("/update_weight")] or [(None,)]
+    return tk.bypass(tokens, inner, weight[0]), aux | route | report
+
+  def _body(self, tokens: Tokens, reduce: Reduce, keeps: Any, train: bool, mode: str) -> tuple[Tokens, dict[str, Any]]:
+    c, layer, dtype = self.config, self.layer, jnp.dtype(self.config.dtype)
+    norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)  # noqa: E731
+    dead = self.sites.acts_before(layer, None if mode == "mask" else "threshold")
+    mask = tokens.mask if dead else None
+    size = tokens.size if 0 <= self.sites.proportional_from <= layer else None
+    if size is not None and mask is not None and mask.dtype == bool:
+      size = jnp.where(mask, size, 1.0)
+    attend = Attention(
+      self.shape.num_heads, self.sites.needs(layer), c.qkv_bias, c.qk_norm, dtype, c.attention, name="attn"
+    )
+    update, feats = attend(norm("norm1")(tokens.x), size, mask)
+    tokens = tokens.replace(x=tokens.x + self._branch(update, "1", train), feats=feats)
+    tokens, report = reduce(tokens, "attn", keeps, train=train, mode=mode)
+    update = Mlp(self.shape.mlp_dim, dtype, name="mlp")(norm("norm2")(tokens.x))
+    return tokens.replace(x=tokens.x + self._branch(update, "2", train)), report
+
+  def _branch(self, update: Array, name: str, train: bool) -> Array:
+    """LayerScale and stochastic depth (a whole sample's branch at a time)."""
+    c = self.config
+    if c.layer_scale:
+      init = nn.initializers.constant(c.layer_scale)
+      update = update * self.param(f"layer_scale{name}", init, (update.shape[-1],), jnp.float32).astype(update.dtype)
+    rate = c.drop_path * self.layer / max(self.shape.depth - 1, 1)
+    return nn.Dropout(rate, broadcast_dims=(1, 2), name=f"drop_path{name}")(update, deterministic=not train)
+
+
+class AttentionPool(nn.Module):
+  """One learned query attends to all tokens, then an MLP with a residual.  (Zhai et al., 2021, arXiv:2106.04560)"""
+
+  num_heads: int
+  hidden: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Array) -> Array:
+    batch, _, width = x.shape
+    probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width), jnp.float32).astype(x.dtype)
+    attend = nn.MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype, name="attn")
+    x = attend(jnp.broadcast_to(probe, (batch, 1, width)), x, mask=mask[:, None, None])
+    return (x + Mlp(self.hidden, self.dtype, name="mlp")(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)))[
+      :, 0
+    ]
+
+
+class ViT(nn.Module):
+  """Patches, prefix tokens, blocks, norm, head."""
+
+  config: Any  # config.model, frozen
+  shape: Shape
+  sites: Sites
+
+  @nn.compact
+  def __call__(
+    self,
+    images: Array,
+    *,
+    train: bool = False,
+    mode: str = "gather",
+    keeps: Mapping[str, Array] | None = None,
+  ) -> Output:
+    """Classifies images.
+
+    Args:
+      images: (B, height, width, channels) float32, normalised.
+      train: stochastic depth and sampled decisions; randomness from the streams "dropout" and "reduce".
+      mode: "mask" (full length, counts may be traced) or "gather" (counts are Python ints).
+      keeps: counts that replace those of a site, {site: (spots,) int}; traced only in mask mode.
+    """
+    s, c, dtype = self.shape, self.config, jnp.dtype(self.config.dtype)
+    x = nn.Conv(s.width, (s.patch, s.patch), (s.patch, s.patch), "VALID", dtype=dtype, name="patch_embed")(
+      images.astype(dtype)
+    )
+    x = self._embed(x.reshape(x.shape[0], -1, s.width), dtype)
+    tokens, aux, counts = tk.start(x, s.num_prefix_tokens), {}, []
+    layer_type = nn.remat(Block, static_argnums=(3, 4)) if c.remat else Block
+    for layer in range(s.depth):
+      tokens, report = layer_type(c, s, self.sites, layer, name=f"block_{layer}")(tokens, keeps, train, mode)
+      aux = _extend(aux, report)
+      counts.append(tokens.x.shape[1] if mode == "gather" else tokens.mask.astype(jnp.float32).sum(1).mean())
+    tokens, report = Reduce(self.sites.at(-1, "output"), name="reduce")(tokens, "output", keeps, train=train, mode=mode)
+    tokens = tokens.replace(x=nn.LayerNorm(epsilon=1e-6, dtype=dtype, name="norm")(tokens.x), feats={})
+    pooled = self._pool(tokens, dtype)
+    logits = nn.Dense(s.num_classes, kernel_init=nn.initializers.zeros, name="head")(pooled.astype(jnp.float32))
+    if s.distilled:
+      dist = nn.Dense(s.num_classes, kernel_init=nn.initializers.zeros, name="head_dist")(
+        tokens.x[:, 1].astype(jnp.float32)
+      )
+      aux = aux | {"logits_dist": dist}
+      logits = (logits + dist) / 2
+    return Output(logits, tuple(counts), tokens, pooled.astype(jnp.float32), _extend(aux, report))
+
+  def _embed(self, x: Array, dtype: Any) -> Array:
+    """Prefix tokens and positions; registers stand behind CLS and have no position."""
+    s, c, normal = self.shape, self.config, nn.initializers.normal(0.02)
+    prefix = [name for name, there in (("cls_token", s.has_cls), ("dist_token", s.distilled)) if there]
+    extra = [self.param(name, normal, (1, 1, s.width), jnp.float32) for name in prefix]
+    if c.position == "learned":
+      position = self.param("pos_embed", normal, (1, x.shape[1] + len(prefix), s.width), jnp.float32)
+    else:
+      position = jnp.concatenate([jnp.zeros((1, len(prefix), s.width)), sincos2d(s.grid, s.width)], axis=1)
+    parts = [jnp.broadcast_to(e, (x.shape[0], 1, s.width)).astype(dtype) for e in extra]
+    x = jnp.concatenate([*parts, x], axis=1) + position.astype(dtype)
+    if not c.num_registers:
+      return x
+    registers = self.param("registers", normal, (1, c.num_registers, s.width), jnp.float32).astype(dtype)
+    registers = jnp.broadcast_to(registers, (x.shape[0], c.num_registers, s.width))
+    return jnp.concatenate([x[:, : len(prefix)], registers, x[:, len(prefix) :]], axis=1)
+
+  def _pool(self, tokens: Tokens, dtype: Any) -> Array:
+    if self.shape.pool == "cls":
+      return tokens.x[:, 0]
+    patches = tokens.alive & ~tokens.protected
+    if self.shape.pool == "map":
+      return AttentionPool(self.shape.num_heads, self.shape.mlp_dim, dtype, name="pool")(tokens.x, patches)
+    total = jnp.where(patches[..., None], tokens.x, 0).astype(jnp.float32).sum(1)
+    return total / jnp.maximum(patches.sum(1, keepdims=True), 1)
+
+
+def _extend(aux: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+  return aux | {name: (*aux.get(name, ()), *values) for name, values in report.items()}
+
+
+def make(config: ConfigDict, sites: Mapping[str, Any]) -> ViT:
+  """The module for `config.model` and `config.sites`; every error of either is raised here."""
+  sizes = shape(config)
+  return ViT(FrozenConfigDict(config), sizes, parse(sites, sizes.stack()))

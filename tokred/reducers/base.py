@@ -1,0 +1,175 @@
+"""The contract of a reducer, the registry, and the plan that most reducers write."""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tokred.config import nearest
+from tokred.rates import Threshold
+from tokred.tokens import Array, Plan, Tokens, average_weight, compact, fold
+
+REGISTRY: dict[str, type["Reducer"]] = {}
+
+
+def register(name: str) -> Callable[[type["Reducer"]], type["Reducer"]]:
+  """Class decorator: makes a reducer known to configs as `reducer=name`."""
+
+  def add(cls: type["Reducer"]) -> type["Reducer"]:
+    if name in REGISTRY and REGISTRY[name].__qualname__ != cls.__qualname__:
+      raise ValueError(f"reducer {name!r} is registered already, by {REGISTRY[name].__module__}")
+    REGISTRY[name] = cls
+    return cls
+
+  return add
+
+
+def get(name: str, field: str = "reducer") -> type["Reducer"]:
+  """The class registered under `name`; `field` is the config field that an error names."""
+  if name not in REGISTRY:
+    raise ValueError(f"{field}={name!r} is not a reducer; {nearest(name, REGISTRY)}")
+  return REGISTRY[name]
+
+
+class Reducer(nn.Module):
+  """Who represents whom: a module from Tokens to Tokens.
+
+  Its dataclass fields are its options; a site sets them by name.
+  """
+
+  needs: ClassVar[tuple[str, ...]] = ()  # features that the block shall put in tokens.feats
+  relaxed: ClassVar[bool] = False  # truly soft in the forward pass: its gap is logged, not tested
+  conserves: ClassVar[bool] = True  # merging keeps sum(size) and the size-weighted mean
+  from_input: ClassVar[bool] = False  # keep rates count from the input's tokens, not from those that arrive
+  proportional: ClassVar[bool] = False  # from here on log(size) biases attention, unless the site says otherwise
+  places: ClassVar[tuple[str, ...]] = ("attn", "before", "output")  # where it may stand; the first is the default
+
+  def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
+    """Reduces.
+
+    Args:
+      tokens: N tokens.
+      keep: how many come out, protected and fused ones counted.  A Python int in gather mode; in mask mode an int, a
+        traced int or (B,) counts.
+      train: whether decisions may be sampled; randomness comes from the `reduce` stream.
+      mode: "mask" (shapes stay) or "gather" (exactly `keep` tokens come out).
+
+    Returns:
+      The tokens and what it reports, arrays by name.
+    """
+    raise NotImplementedError
+
+  def count(self, keep: float, n: int, protected: int, source: int) -> int:
+    """Tokens out for a keep rate: ceil(keep x unprotected) + protected, on the host.
+
+    Args:
+      keep: in (0, 1].
+      n: tokens that arrive, protected ones counted.
+      protected: of these, how many are protected.
+      source: unprotected tokens at the model's input.
+    """
+    return min(n, math.ceil(keep * (source if self.from_input else n - protected)) + protected)
+
+  def fewest(self, n: int, protected: int) -> int:
+    """The smallest `keep` that the method can reach from n tokens."""
+    del n
+    return max(protected, 1)
+
+  def needed(self) -> tuple[str, ...]:
+    """Features that this instance reads; by default those of its class."""
+    return self.needs
+
+  def macs(self, n: float, width: int, num_heads: int) -> float:
+    """Multiply-adds of its own for n arriving tokens; differentiable in n."""
+    del n, width, num_heads
+    return 0.0
+
+
+class Planner(Reducer):
+  """A reducer that only writes a Plan, and gets mask and gather mode from it."""
+
+  def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
+    """Decides.
+
+    Args:
+      tokens: N tokens; the dead ones may hold anything.
+      keep: see Reducer.
+      train: whether the plan may be sampled (never so in gather mode).
+    """
+    raise NotImplementedError
+
+  def __call__(
+    self, tokens: Tokens, keep: Any, *, train: bool, mode: str, survival: Array | None = None
+  ) -> tuple[Tokens, dict[str, Array]]:
+    """See Reducer; `keep` may also be a Threshold, and `survival` is a learned rate's view of each rank (see fold)."""
+    train = train and mode == "mask"
+    if isinstance(keep, Threshold):
+      _, report = self.plan(tokens, keep.capacity, train=False)
+      plan, report = self.plan(tokens, keep.count(tokens, report["score"]), train=False)
+      return finish(tokens, plan, keep.capacity, mode, survival), report
+    plan, report = self.plan(tokens, keep, train=train)
+    return finish(tokens, plan, keep, mode, survival), report
+
+
+def finish(tokens: Tokens, plan: Plan, keep: Any, mode: str, survival: Array | None = None) -> Tokens:
+  """Carries a plan out; where nothing goes and no rate learns from the order, the tokens stay as they are."""
+  if mode == "gather":
+    return tokens if keep >= tokens.x.shape[1] else compact(tokens, plan, keep)
+  if survival is None:
+    gone = tokens.alive & (plan.gate <= 0)
+    stay = jnp.arange(plan.order.shape[1], dtype=plan.order.dtype)
+    plan = plan.replace(order=jnp.where(gone.any(1, keepdims=True), plan.order, stay))
+  return fold(tokens, plan, survival=survival)
+
+
+def ranking(tokens: Tokens, score: Array) -> Array:
+  """Tokens from best to worst, (B, N) int32: the protected in their order, then by score, then the dead.
+
+  Ties go to the lower index; a NaN score counts as the worst.
+  """
+  score = score.astype(jnp.float32)
+  key = jnp.where(jnp.isnan(score), jnp.finfo(jnp.float32).min, jnp.clip(score, jnp.finfo(jnp.float32).min))
+  key = jnp.where(tokens.protected, jnp.inf, key)
+  key = jnp.where(tokens.alive, key, -jnp.inf)
+  return jnp.argsort(-jax.lax.stop_gradient(key), axis=1, stable=True).astype(jnp.int32)
+
+
+def num_kept(tokens: Tokens, keep: Any) -> Array:
+  """`keep` as (B, 1) int32 counts, no more than are alive."""
+  alive = tokens.alive.sum(1, keepdims=True, dtype=jnp.int32)
+  keep = jnp.asarray(keep, jnp.int32)
+  return jnp.minimum(keep[:, None] if keep.ndim else keep, alive)
+
+
+def keep_top(tokens: Tokens, score: Array, keep: Any, *, raster: bool = False) -> Plan:
+  """The plan that keeps the tokens of the highest score and drops the rest.
+
+  Args:
+    tokens: N tokens.
+    score: (B, N), ranked in float32.
+    keep: how many stay, the protected counted.
+    raster: survivors keep their order, as causal attention needs; otherwise they stand from best to worst.
+  """
+  index = jnp.arange(score.shape[1], dtype=jnp.int32)
+  order = ranking(tokens, score)
+  kept = jnp.argsort(order, axis=1) < num_kept(tokens, keep)
+  if raster:
+    order = jnp.argsort(jnp.where(kept, index, jnp.argsort(order, axis=1) + len(index)), axis=1).astype(jnp.int32)
+  return Plan(owner=jnp.where(kept, index, -1), order=order, gate=kept | ~tokens.alive)
+
+
+def merge_into(tokens: Tokens, owner: Array, order: Array, share: Array | None = None) -> Plan:
+  """The plan that averages each token into its owner.
+
+  Args:
+    tokens: N tokens.
+    owner: (B, N) int32; i where i is kept, -1 where it is dropped or dead.
+    order: (B, N) int32, owners first.
+    share: (B, N) weights of the mean within a group; None: the sizes.
+  """
+  kept = owner == jnp.arange(owner.shape[1])
+  weight = average_weight(owner, tokens.size if share is None else share)
+  return Plan(owner=owner, order=order, gate=kept | ~tokens.alive, weight=weight)

@@ -1,0 +1,78 @@
+"""DynamicViT: a small network decides which tokens to drop, trained through straight-through Gumbel decisions.
+
+(Rao et al., 2021, arXiv:2106.02034)
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tokred.reducers.base import Planner, keep_top, register
+from tokred.tokens import Array, Plan, Tokens, straight_through
+
+
+class Predictor(nn.Module):
+  """Log-probabilities of keeping and dropping each token, (B, N, 2) float32; channel 0 keeps.
+
+  h = GELU(W0 LN(z)); local half of h, and the mean of the other half over the tokens still alive; three-layer MLP.
+  """
+
+  @nn.compact
+  def __call__(self, x: Array, weight: Array) -> Array:
+    """x: (B, N, D); weight: (B, N) 1 for tokens that the mean counts, 0 for others."""
+    width = x.shape[-1]
+    dense = lambda features, name: nn.Dense(features, name=name)  # noqa: E731
+    gelu = lambda value: nn.gelu(value, approximate=False)  # noqa: E731
+    x = x.astype(jnp.float32)
+    h = nn.LayerNorm(epsilon=1e-5, name="norm")(x)  # this one is 1e-5, the backbone's 1e-6
+    h = gelu(dense(width, "in_proj")(h))
+    local, rest = jnp.split(h, 2, axis=-1)
+    pooled = jnp.einsum("bn,bnd->bd", weight, rest) / jnp.maximum(weight.sum(1), 1e-6)[:, None]
+    h = jnp.concatenate([local, jnp.broadcast_to(pooled[:, None], rest.shape)], axis=-1)
+    h = gelu(dense(width // 2, "out1")(h))
+    h = gelu(dense(width // 4, "out2")(h))
+    return jax.nn.log_softmax(dense(2, "out3")(h))
+
+
+@register("gumbel")
+class Gumbel(Planner):
+  """Training: u <- u ST(onehot(argmax(y + g)), softmax((y + g) / tau)).  Inference: the top tokens by y_keep.
+
+  The keep-ratio loss holds the sampled share at the site's keep rate, so that the fixed count fits.
+  """
+
+  places: ClassVar[tuple[str, ...]] = ("before", "output")
+  from_input: ClassVar[bool] = True
+
+  temperature: float = 1.0
+
+  def count(self, keep: float, n: int, protected: int, source: int) -> int:
+    return min(n, int(source * keep) + protected)  # of the input's patches: rho, rho^2, rho^3
+
+  def macs(self, n: float, width: int, num_heads: int) -> float:
+    return n * width * (width + width / 2 + width / 8) + n * width / 2
+
+  def noise(self, shape: tuple[int, ...]) -> Array:
+    """Gumbel(0, 1) samples, float32."""
+    return jax.random.gumbel(self.make_rng("reduce"), shape, jnp.float32)
+
+  @nn.compact
+  def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
+    free = ~tokens.protected
+    weight = jnp.where(free, tokens.mask.astype(jnp.float32), 0.0)  # carries the gradient of earlier decisions
+    x = tokens.x if jnp.issubdtype(tokens.mask.dtype, jnp.floating) else jnp.where(tokens.mask[..., None], tokens.x, 0)
+    logits = Predictor(name="predictor")(x, weight)
+    if not train:
+      return keep_top(tokens, logits[..., 0], keep), {"score": logits[..., 0]}
+    noisy = (logits + self.noise(logits.shape)) / self.temperature
+    keeps = tokens.protected | (noisy[..., 0] >= noisy[..., 1])
+    gate = jnp.where(tokens.protected, 1.0, straight_through(keeps, jax.nn.softmax(noisy)[..., 0]))
+    kept = keeps & tokens.alive
+    index = jnp.arange(kept.shape[1], dtype=jnp.int32)
+    place = jnp.where(tokens.protected, -1, jnp.where(kept, 0, jnp.where(tokens.alive, 1, 2)))
+    order = jnp.argsort(place, axis=1, stable=True).astype(jnp.int32)
+    share = (weight * gate).sum(1) / jnp.maximum(free.sum(1), 1)
+    plan = Plan(owner=jnp.where(kept, index, -1), order=order, gate=gate)
+    return plan, {"score": logits[..., 0], "kept_share": share}

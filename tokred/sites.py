@@ -1,0 +1,383 @@
+"""Where tokens are reduced: `config.sites`, validated and laid out by layer, and the module that carries it out.
+
+A site is a dict with these fields; all but `reducer` and `layers` may be left out:
+
+  reducer      a registered name, or a tuple of names that act in this order (DiffRate: ("topk", "diffrate_merge"))
+  layers       the blocks it acts in, from 0
+  stack        "encoder"
+  place        before (a block), attn (between attention and MLP), around (a block), output (after the last block)
+  keep         share (float, of the unprotected tokens that arrive) or number (int, protected ones counted) of tokens
+               that come out; one for all layers, or a tuple with one a layer; for a tuple of reducers a tuple of these
+  r            instead of keep: tokens removed in each layer, or (r, inflection), or a tuple with one a layer
+  rate         fixed, scheduled (keep falls from 1), learned (distribution over counts), threshold (by score)
+  granularity  learned: step between candidate counts
+  schedule     scheduled: (first step, last step) of the fall
+  threshold    threshold: the smallest score that stays; keep is then the capacity
+  proportional log(size) biases attention from here on; the reducer's own rule where it is not given
+
+Every other field is an option of the reducer, that is a field of its class.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tokred import cost, rates
+from tokred.config import nearest
+from tokred.reducers import base
+from tokred.tokens import Array, Tokens
+
+PLACES = ("before", "around", "attn", "output")
+FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold")
+FIELDS += ("proportional",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """What a site must know of the blocks that it sits in."""
+
+  depth: int
+  num_tokens: int  # at the input, protected ones counted
+  num_protected: int
+  has_cls: bool = True
+  name: str = "encoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spot:
+  """One reducer of one site in one layer."""
+
+  site: str
+  index: int  # among the site's spots, in the order in which they act
+  child: str  # module name under reduce/
+  layer: int
+  place: str
+  reducer: str
+  options: tuple[tuple[str, Any], ...]
+  rate: str
+  arriving: int  # tokens in, where the counts are static
+  keep: int  # tokens out; the capacity of a threshold; all that arrive where the rate is learned
+  share: float  # unprotected tokens that should be left, as a share of those at the input
+  protected: int
+  granularity: int = 1
+  threshold: float = 0.0
+
+  @property
+  def candidates(self) -> tuple[int, ...]:
+    """Counts of unprotected tokens that a learned rate chooses among."""
+    return rates.candidates(self.arriving - self.protected, self.granularity)
+
+  def module(self, **kwargs: Any) -> base.Reducer:
+    """The reducer with its options."""
+    return base.REGISTRY[self.reducer](**dict(self.options), **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sites:
+  """All spots of a stack in the order in which tokens meet them."""
+
+  stack: Stack
+  spots: tuple[Spot, ...] = ()
+  proportional_from: int = -1  # first layer after which log(size) biases attention; -1: never
+
+  def at(self, layer: int, *places: str) -> tuple[Spot, ...]:
+    """Spots of a layer at any of these places."""
+    return tuple(spot for spot in self.spots if spot.layer == layer and spot.place in places)
+
+  def acts_before(self, layer: int, rate: str | None = None) -> bool:
+    """Whether attention of this layer meets reduced tokens (of a site with this rate)."""
+    for spot in self.spots:
+      entered = spot.layer < layer and spot.place != "around"
+      entered |= spot.layer == layer and spot.place in ("before", "around")
+      if entered and (rate is None or spot.rate == rate):
+        return True
+    return False
+
+  def needs(self, layer: int) -> tuple[str, ...]:
+    """Features that the block of this layer must provide."""
+    here = self.at(layer, "attn")
+    after = self.at(layer + 1, "before", "around") + (self.at(-1, "output") if layer == self.stack.depth - 1 else ())
+    return tuple(sorted({need for spot in here + after for need in spot.module().needed()}))
+
+  def counts(self) -> tuple[int, ...]:
+    """Tokens leaving each block, and after the `output` sites at the end if there are any, where counts are static."""
+    n, out = self.stack.num_tokens, []
+    for layer in range(self.stack.depth):
+      around = bool(self.at(layer, "around"))
+      for spot in self.at(layer, "before", "attn"):
+        n = spot.keep if not (around and spot.place == "attn") else n
+      out.append(n)
+    return tuple(out)
+
+  def profile(self, width: int, num_heads: int, counts: Mapping[str, Sequence[Any]] | None = None) -> cost.Profile:
+    """Token counts along the depth, for `cost`.
+
+    Args:
+      width: of the stack; with `num_heads` it prices the reducers' own work.
+      num_heads: of its attention.
+      counts: tokens out by site and spot, numbers or traced scalars, where they differ from the static ones.
+    """
+    n, attention, mlp, extra = self.stack.num_tokens, [], [], 0.0
+
+    def reduce(n: Any, spots: Sequence[Spot]) -> Any:
+      nonlocal extra
+      out = [counts[s.site][s.index] if counts and s.site in counts else s.keep for s in spots]
+      extra = extra + sum(spot.module().macs(n, width, num_heads) for spot in spots)
+      return cost.min_st(n, out)
+
+    for layer in range(self.stack.depth):
+      n = reduce(n, self.at(layer, "before"))
+      around = self.at(layer, "around")
+      inner = reduce(n, around) if around else n
+      attention.append(inner)
+      inner = reduce(inner, self.at(layer, "attn"))
+      mlp.append(inner)
+      n = n if around else inner
+    return cost.Profile(tuple(attention), tuple(mlp), reduce(n, self.at(-1, "output")), extra)
+
+
+def scheduled(sites: Mapping[str, Mapping[str, Any]], stack: Stack, step: int) -> dict[str, tuple[int, ...]]:
+  """Counts of the sites whose rate is "scheduled" at an optimiser step, by site and spot; an input of the model."""
+  now = {}
+  for name, site in sites.items():
+    now[name] = dict(site)
+    if site.get("rate") == "scheduled":
+      begin, end = site["schedule"]
+      keep = site["keep"] if isinstance(site["keep"], (tuple, list)) else (site["keep"],) * len(site["layers"])
+      now[name]["keep"] = tuple(rates.cosine_keep(value, step, begin, end) for value in keep)
+  spots = parse(now, stack).spots
+  moving = [name for name, site in sites.items() if site.get("rate") == "scheduled"]
+  return {name: tuple(spot.keep for spot in spots if spot.site == name) for name in moving}
+
+
+class Step(nn.Module):
+  """One spot: asks the rate how many, and the reducer who."""
+
+  spot: Spot
+
+  @nn.compact
+  def __call__(
+    self, tokens: Tokens, keeps: Mapping[str, Array] | None, *, train: bool, mode: str
+  ) -> tuple[Tokens, dict[str, Array]]:
+    spot = self.spot
+    reducer = spot.module(name=spot.reducer)
+    if spot.rate == "learned":
+      if mode == "gather":
+        raise ValueError(
+          f"sites.{spot.site}.rate='learned' has no integer counts yet: call tokred.freeze(model), or use mode='mask'"
+        )
+      count, survival = rates.Learned(spot.candidates, spot.protected, name="rate")(tokens.x.shape[1])
+      tokens, report = reducer(
+        tokens, count.astype(jnp.int32), train=train, mode=mode, survival=survival if train else None
+      )
+      return tokens, report | {"count": count}
+    keep = spot.keep
+    if keeps is not None and spot.site in keeps:
+      keep = keeps[spot.site][spot.index]
+    if spot.rate == "threshold":
+      keep = rates.Threshold(spot.threshold, spot.keep)
+    tokens, report = reducer(tokens, keep, train=train, mode=mode)
+    static = spot.rate != "threshold" and "kept_share" not in report
+    count = jnp.asarray(keep, jnp.float32) if static else tokens.mask.astype(jnp.float32).sum(1).mean()
+    return tokens, report | {"count": count}
+
+
+class Reduce(nn.Module):
+  """The spots of one block; their parameters live under `reduce/`."""
+
+  spots: tuple[Spot, ...]
+
+  @nn.compact
+  def __call__(
+    self, tokens: Tokens, place: str, keeps: Mapping[str, Array] | None, *, train: bool, mode: str
+  ) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
+    """Runs the spots of a place; reports are tuples under "reduce/<site>/<name>", one entry a spot."""
+    reports = {}
+    for spot in self.spots:
+      if spot.place == place:
+        tokens, report = Step(spot, name=spot.child)(tokens, keeps, train=train, mode=mode)
+        for name, value in report.items():
+          reports[f"reduce/{spot.site}/{name}"] = (*reports.get(f"reduce/{spot.site}/{name}", ()), value)
+    return tokens, reports
+
+
+def parse(sites: Mapping[str, Mapping[str, Any]], stack: Stack) -> Sites:
+  """Validates `config.sites` and lays it out by layer.
+
+  Raises:
+    ValueError: names the field, the value and what is valid.
+  """
+  drafts = [draft for name in sorted(sites) for draft in _site(name, dict(sites[name]), stack)]
+  taken: dict[tuple[int, str], str] = {}
+  for draft in drafts:
+    where = (draft["layer"], draft["place"])
+    if taken.setdefault(where, draft["site"]) != draft["site"]:
+      raise ValueError(
+        f"sites.{draft['site']} and sites.{taken[where]} both act in layer {where[0]} at place={where[1]!r}, and names "
+        "give no order; make them one site whose reducer is a tuple"
+      )
+  last = stack.depth
+  drafts.sort(key=lambda d: (last if d["place"] == "output" else d["layer"], PLACES.index(d["place"]), d["slot"]))
+  n, inner, layer, left, spots, proportional, index = stack.num_tokens, None, 0, 1.0, [], -1, {}
+  for draft in drafts:
+    if draft["layer"] != layer:
+      inner, layer = None, draft["layer"]
+    arriving = n if inner is None else inner
+    spot, left = _count(draft, arriving, left, stack, index.setdefault(draft["site"], 0))
+    index[draft["site"]] += 1
+    if draft["proportional"] and proportional < 0:
+      proportional = max(layer, 0)
+    if spot.place == "around":
+      inner = spot.keep
+    elif inner is not None and spot.place == "attn":
+      inner = spot.keep
+    else:
+      n = spot.keep
+    spots.append(spot)
+  return Sites(stack, tuple(spots), proportional)
+
+
+def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]:
+  """Drafts of the spots of one site: everything but the counts."""
+  field = f"sites.{name}"
+  if "reducer" not in site:
+    raise ValueError(f"{field}.reducer is missing; valid: {', '.join(sorted(base.REGISTRY))}")
+  names = site["reducer"] if isinstance(site["reducer"], (tuple, list)) else (site["reducer"],)
+  classes = [base.get(reducer, f"{field}.reducer") for reducer in names]
+  place = site.get("place") or classes[0].places[0]
+  for cls, reducer in zip(classes, names, strict=True):
+    if place not in cls.places:
+      raise ValueError(f"{field}.place={place!r} does not suit reducer {reducer!r}; valid: {', '.join(cls.places)}")
+  if site.get("stack", stack.name) != stack.name:
+    raise ValueError(f"{field}.stack={site['stack']!r} does not exist in this model; valid: {stack.name}")
+  layers = (-1,) if place == "output" else site.get("layers")
+  if layers is None:
+    raise ValueError(f"{field}.layers is missing; valid: a tuple of block numbers from 0 to {stack.depth - 1}")
+  layers = tuple(layers) if isinstance(layers, (tuple, list, range)) else (layers,)
+  for layer in layers:
+    if place != "output" and not (isinstance(layer, int) and 0 <= layer < stack.depth):
+      raise ValueError(f"{field}.layers has {layer!r}, but the {stack.name} has layers 0 to {stack.depth - 1}")
+  if len(set(layers)) != len(layers):
+    raise ValueError(f"{field}.layers={layers} names a layer twice")
+  rate = site.get("rate", "fixed")
+  if rate not in rates.RATES:
+    raise ValueError(f"{field}.rate={rate!r} is not a rate; {nearest(rate, rates.RATES)}")
+  if rate == "learned" and (("keep" in site) or ("r" in site)):
+    raise ValueError(f"{field}.keep is learned: drop the field, or set {field}.rate='fixed'")
+  if rate != "learned" and ("keep" in site) == ("r" in site):
+    raise ValueError(f"{field} needs exactly one of keep (share or number of tokens) and r (tokens removed)")
+  if rate == "threshold" and "threshold" not in site:
+    raise ValueError(f"{field}.threshold is missing: the smallest score that stays")
+  if rate == "scheduled" and not (
+    len(site.get("schedule", ())) == 2 and len(names) == 1 and isinstance(site.get("keep"), (float, tuple))
+  ):
+    raise ValueError(
+      f"{field}.rate='scheduled' needs one reducer, keep as a share, and schedule=(first step, last step)"
+    )
+  if rate in ("learned", "threshold") and not all(issubclass(cls, base.Planner) for cls in classes):
+    raise ValueError(f"{field}.rate={rate!r} needs reducers that write plans; {names} do not")
+  if rate == "learned" and place in ("around", "output"):
+    raise ValueError(f"{field}.rate='learned' is not available at place={place!r}; valid: before, attn")
+  options = _options(field, site, names, classes)
+  common = dict(site=name, place=place, rate=rate, granularity=site.get("granularity", 1))
+  common["threshold"] = float(site.get("threshold", 0.0))
+  if not (isinstance(common["granularity"], int) and common["granularity"] >= 1):
+    raise ValueError(f"{field}.granularity={common['granularity']!r} must be an int of at least 1")
+  drafts = []
+  for where, layer in enumerate(sorted(layers)):
+    for slot, (reducer, cls) in enumerate(zip(names, classes, strict=True)):
+      child = name if len(names) == 1 else f"{name}_{slot}_{reducer}"
+      keep, removed = _values(field, site, slot, len(names), where, len(layers))
+      proportional = site.get("proportional", any(cls.proportional for cls in classes))
+      draft = dict(common, slot=slot, layer=layer, reducer=reducer, child=child, options=options[slot])
+      drafts.append(dict(draft, keep=keep, r=removed, proportional=proportional))
+      for need in cls(**dict(options[slot])).needed():
+        if need == "cls_attention" and not stack.has_cls:
+          raise ValueError(
+            f"{field}.reducer={reducer!r} scores by cls_attention, but config.model.pool leaves this model without a "
+            f"CLS token; set {field}.score to another score"
+          )
+        if place in ("before", "around") and layer == 0:
+          raise ValueError(f"{field}.layers has 0, but {reducer!r} reads {need} of the block before; valid: from 1")
+  return drafts
+
+
+def _options(field: str, site: dict, names: tuple[str, ...], classes: list[type]) -> list[tuple[tuple[str, Any], ...]]:
+  """Options of each reducer of a site, checked against the fields of their classes."""
+  own = [{f.name for f in dataclasses.fields(cls)} - {"parent", "name"} for cls in classes]
+  given = {key: value for key, value in site.items() if key not in FIELDS}
+  for key in given:
+    if not any(key in fields for fields in own):
+      raise ValueError(f"{field}.{key} is not a field of a site or of {names}; {nearest(key, set(FIELDS).union(*own))}")
+  options = [tuple(sorted((k, v) for k, v in given.items() if k in fields)) for fields in own]
+  for cls, chosen in zip(classes, options, strict=True):
+    try:
+      cls(**dict(chosen)).needed()
+    except ValueError as error:
+      raise ValueError(f"{field}.{error}") from None
+  return options
+
+
+def _values(field: str, site: dict, slot: int, slots: int, where: int, layers: int) -> tuple[Any, Any]:
+  """keep and r of one spot, out of a number or of nested tuples."""
+  if "r" in site:
+    r = site["r"]
+    if isinstance(r, (tuple, list)) and not (len(r) == 2 and isinstance(r[1], float)):
+      if len(r) > layers:
+        raise ValueError(f"{field}.r={r} has {len(r)} entries for {layers} layers")
+      return None, (tuple(r) + (0,) * layers)[where]  # a short list goes on with 0, as in ToMe
+    return None, rates.tome_schedule(r, layers)[where]
+  keep = site.get("keep")
+  if slots > 1 and keep is not None:
+    if not (isinstance(keep, (tuple, list)) and len(keep) == slots):
+      raise ValueError(f"{field}.keep={keep!r} must be a tuple with one entry for each of the {slots} reducers")
+    keep = keep[slot]
+  if isinstance(keep, (tuple, list)):
+    if len(keep) != layers:
+      raise ValueError(f"{field}.keep={tuple(keep)} has {len(keep)} entries for {layers} layers")
+    keep = keep[where]
+  return keep, None
+
+
+def _count(draft: dict[str, Any], arriving: int, left: float, stack: Stack, index: int) -> tuple[Spot, float]:
+  """Fixes the static count of one spot; `left` is the share of patches that should be left before it."""
+  draft = dict(draft)
+  keep, removed, field = draft.pop("keep"), draft.pop("r"), f"sites.{draft['site']}"
+  draft.pop("slot"), draft.pop("proportional")
+  reducer = base.REGISTRY[draft["reducer"]](**dict(draft["options"]))
+  protected, source = stack.num_protected, stack.num_tokens - stack.num_protected
+  fewest = reducer.fewest(arriving, protected)
+  if draft["rate"] == "learned":
+    count = arriving
+  elif removed is not None:
+    if not (isinstance(removed, int) and removed >= 0):
+      raise ValueError(f"{field}.r={removed!r} must be a number of tokens, 0 or more")
+    count = max(arriving - removed, fewest)  # ToMe's r is clipped to what its bipartite split can give
+  elif isinstance(keep, bool) or not isinstance(keep, (int, float)):
+    raise ValueError(f"{field}.keep={keep!r} must be a share (float up to 1.0) or a number of tokens (int)")
+  elif isinstance(keep, float) and keep <= 1.0:
+    if keep <= 0.0:
+      raise ValueError(f"{field}.keep={keep} must be above 0.0 and at most 1.0")
+    count = reducer.count(keep, arriving, protected, source)
+    left = keep if reducer.from_input else left * keep
+  else:
+    if keep != int(keep):
+      raise ValueError(f"{field}.keep={keep} must be a share up to 1.0 or a whole number of tokens")
+    count = int(keep)
+    if count > arriving:
+      raise ValueError(
+        f"{field}: keep={count} but only {arriving} tokens arrive at layer {draft['layer']}; "
+        f"lower config.{field}.keep or move the site earlier"
+      )
+    left = (count - protected) / source
+  if count < fewest:
+    raise ValueError(
+      f"{field}: keep={keep} leaves {count} of {arriving} tokens at layer {draft['layer']}, but {draft['reducer']!r} "
+      f"can go down to {fewest}; raise config.{field}.keep"
+    )
+  if removed is not None:
+    left = (count - protected) / source
+  return Spot(**draft, index=index, arriving=arriving, keep=count, share=left, protected=protected), left

@@ -1,0 +1,228 @@
+"""Tokens, the plan of one reduction, and what follows from a plan: fold, compact, restore.
+
+Dimension letters, here and everywhere: B batch, N tokens now, S source tokens, K kept, D width, H heads, L blocks.
+
+Every reduction is a linear map Y = W X whose rows are the survivors.  A `Plan` holds W sparsely: who represents whom
+(`owner`), with which coefficient (`weight`), and in which order the survivors stand (`order`).  `fold` applies it at
+full length (the dead follow the survivors), `compact` at k tokens; the first k rows of both are the same.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Tokens:
+  """All that a layer knows of its tokens.
+
+  `mask` is bool where nothing is to be learned through it and float32 (0 or 1, straight-through) where it is: the
+  dtype tells attention whether a gradient must reach the tokens that are dead.
+  """
+
+  x: Array  # (B, N, D)
+  mask: Array  # (B, N) bool or float32; 1 alive, 0 dead
+  size: Array  # (B, N) float32; source tokens represented
+  position: Array  # (B, N[, axis]) int32; original position ids
+  owner: Array  # (B, S) int32; index of the token that now represents each source token, -1 if none
+  protected: Array  # (B, N) bool; never removed
+  feats: dict[str, Array] = struct.field(default_factory=dict)  # what reducers asked for, token axis second
+
+  @property
+  def alive(self) -> Array:
+    """(B, N) bool."""
+    return self.mask > 0
+
+
+@struct.dataclass
+class Plan:
+  """One reduction of N tokens."""
+
+  owner: Array  # (B, N) int32; i kept, j folded into j, -1 dropped
+  order: Array  # (B, N) int32; permutation: survivors first, then the others from best to worst
+  gate: Array  # (B, N) bool, or float32 0/1 with a straight-through gradient; 1 kept (any value where i was dead)
+  weight: Array | None = None  # (B, N) float32; coefficient of i in its owner's value; None: owners keep their value
+
+
+def start(x: Array, num_prefix_tokens: int = 0, position: Array | None = None) -> Tokens:
+  """Tokens of a sequence that nothing has reduced yet.
+
+  Args:
+    x: (B, N, D).
+    num_prefix_tokens: how many tokens at the front are protected (CLS, distillation, registers).
+    position: (B, N[, axis]) int32 original position ids; None: 0 to N - 1.
+  """
+  batch, n = x.shape[:2]
+  index = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
+  return Tokens(
+    x=x,
+    mask=jnp.ones((batch, n), bool),
+    size=jnp.ones((batch, n), jnp.float32),
+    position=index if position is None else position,
+    owner=index,
+    protected=index < num_prefix_tokens,
+  )
+
+
+def straight_through(hard: Array, soft: Array) -> Array:
+  """`hard` in the forward pass, bit for bit, with the gradient of `soft`; float32."""
+  return jax.lax.stop_gradient(hard.astype(jnp.float32)) + (soft - jax.lax.stop_gradient(soft)).astype(jnp.float32)
+
+
+def default_form() -> str:
+  """Gathers are slow on TPU; elsewhere they beat a matrix of zeros and ones."""
+  return "one_hot" if jax.default_backend() == "tpu" else "gather"
+
+
+def take(values: Array, index: Array, form: str | None = None) -> Array:
+  """values[b, index[b, i]], as a gather or as a product with a one-hot matrix; both give the same bits.
+
+  Args:
+    values: (B, N, ...) finite where `form` is "one_hot" (a zero does not silence a NaN in a product).
+    index: (B, M) int32 in [0, N).
+    form: "gather", "one_hot" or None for the backend's own.
+
+  Returns:
+    (B, M, ...) of the dtype of values.
+  """
+  if (form or default_form()) == "gather":
+    index = index.reshape(index.shape + (1,) * (values.ndim - 2))
+    return jnp.take_along_axis(values, index, axis=1, mode="clip")
+  dtype = values.dtype if jnp.issubdtype(values.dtype, jnp.inexact) else jnp.float32
+  one_hot = jax.nn.one_hot(index, values.shape[1], dtype=dtype)
+  return jnp.einsum("bmn,bn...->bm...", one_hot, values.astype(dtype), precision="highest").astype(values.dtype)
+
+
+def inverse(order: Array) -> Array:
+  """The inverse permutation of each row: (B, N) int32, rank of every token in `order`."""
+  return jnp.argsort(order, axis=1).astype(jnp.int32)
+
+
+def group_sum(owner: Array, values: Array) -> Array:
+  """Sum over the members of each owner, (B, N) float32: out[j] = sum of values[i] over owner[i] == j."""
+  member = owner[:, None, :] == jnp.arange(owner.shape[1])[None, :, None]  # (B, N owners, N members), fused away
+  return jnp.sum(jnp.where(member, values[:, None, :], 0.0), axis=-1)
+
+
+def average_weight(owner: Array, share: Array) -> Array:
+  """Coefficients of the `share`-weighted mean within each group; exactly 1 where a token stands alone.
+
+  Args:
+    owner: (B, N) int32, -1 where dropped.
+    share: (B, N) positive float32, such as the sizes (ToMe) or ones (plain mean).
+
+  Returns:
+    (B, N) float32, 0 where dropped.
+  """
+  total = take(group_sum(owner, share), jnp.maximum(owner, 0))
+  return jnp.where(owner >= 0, share / jnp.where(owner >= 0, total, 1.0), 0.0)
+
+
+def fold(tokens: Tokens, plan: Plan, *, survival: Array | None = None, form: str | None = None) -> Tokens:
+  """Mask mode: the same N, survivors first, owners hold the merged values, the others are dead.
+
+  Args:
+    tokens: N tokens.
+    plan: the reduction.
+    survival: (N,) probability that the token of each rank survives, from a learned rate; its gradient is that of the
+      gate of the token that stands there (straight-through).
+    form: see `take`.
+
+  Returns:
+    Tokens of the same shapes; the mask is float32 if it was, or if the gate is, or if `survival` is given.
+  """
+  rank = inverse(plan.order)
+  kept = plan.gate
+  if survival is not None:
+    kept = straight_through(kept, survival[rank])
+  soft = jnp.issubdtype(tokens.mask.dtype, jnp.floating) or jnp.issubdtype(kept.dtype, jnp.floating)
+  mask = tokens.mask.astype(jnp.float32) * kept.astype(jnp.float32) if soft else tokens.mask & kept
+  if not soft:  # nothing learns from the dead: they are silenced, and may have been garbage
+    tokens = _silence(tokens)
+  x, size = tokens.x, tokens.size
+  owns = plan.owner == jnp.arange(x.shape[1])
+  if plan.weight is not None:
+    merge = jax.nn.one_hot(plan.owner, x.shape[1], axis=1, dtype=x.dtype)  # (B, owner, member); a row of -1 is zero
+    merged = jnp.einsum("bon,bnd->bod", merge * plan.weight[:, None].astype(x.dtype), x, precision="highest")
+    x = jnp.where(owns[..., None], merged, x)
+    size = jnp.where(owns, group_sum(plan.owner, size), size)
+  moved = jax.tree.map(
+    lambda leaf: take(leaf, plan.order, form), (x, mask, size, tokens.position, tokens.protected, tokens.feats)
+  )
+  x, mask, size, position, protected, feats = moved
+  return Tokens(x, mask, size, position, _follow(tokens.owner, plan.owner, rank), protected, feats)
+
+
+def compact(tokens: Tokens, plan: Plan, k: int, *, form: str | None = None) -> Tokens:
+  """Gather mode: the k tokens that stand first in the plan's order.
+
+  Args:
+    tokens: N tokens.
+    plan: the reduction.
+    k: how many come out, at most N; a Python int.
+    form: see `take`.
+  """
+  rank = inverse(plan.order)
+  kept, gone = plan.order[:, :k], plan.order[:, k:]
+  x, size = take(tokens.x, kept, form), take(tokens.size, kept)
+  if plan.weight is not None and gone.shape[1]:
+    owner = take(plan.owner, gone)
+    target = jnp.where(owner >= 0, take(rank, jnp.maximum(owner, 0)), -1)
+    merge = jax.nn.one_hot(target, k, axis=1, dtype=x.dtype)  # (B, K, gone): only the tokens that go are multiplied
+    weight = take(plan.weight, gone)[:, None].astype(x.dtype)
+    x = x * take(plan.weight, kept)[..., None].astype(x.dtype)
+    x = x + jnp.einsum("bkn,bnd->bkd", merge * weight, take(tokens.x, gone, form), precision="highest")
+    size = size + jnp.einsum("bkn,bn->bk", merge.astype(jnp.float32), take(tokens.size, gone), precision="highest")
+  mask = tokens.alive & (plan.gate > 0)
+  rest = (mask, tokens.position, tokens.protected, tokens.feats)
+  mask, position, protected, feats = jax.tree.map(lambda leaf: take(leaf, kept, form), rest)
+  return Tokens(x, mask, size, position, _follow(tokens.owner, plan.owner, rank), protected, feats)
+
+
+def restore(values: Array, owner: Array, *, fill: float = 0.0) -> Array:
+  """Values back on the source grid: every source token gets its owner's.
+
+  Args:
+    values: (B, N, ...).
+    owner: (B, S) int32; -1 where nothing represents the source token.
+    fill: what those get.
+
+  Returns:
+    (B, S, ...) of the dtype of values.
+  """
+  out = take(values, jnp.maximum(owner, 0), "gather")
+  found = (owner >= 0).reshape(owner.shape + (1,) * (values.ndim - 2))
+  return jnp.where(found, out, jnp.asarray(fill, values.dtype))
+
+
+def bypass(outer: Tokens, inner: Tokens, weight: Array | None = None) -> Tokens:
+  """Exit of a scope: members take their owner's new value, the others keep theirs, and all are tokens again.
+
+  Args:
+    outer: the N tokens that arrived at the scope.
+    inner: what left it; its `owner` (B, N) counts the tokens of `outer` as sources.
+    weight: (B, N) multiplies each token's update; None: 1.
+
+  Returns:
+    `outer` with x + weight (x_inner - x) where a token went through.
+  """
+  through = (inner.owner >= 0) & restore(inner.alive, inner.owner)
+  update = restore(inner.x, inner.owner) - outer.x
+  if weight is not None:
+    update = update * weight[..., None].astype(update.dtype)
+  return outer.replace(x=jnp.where(through[..., None], outer.x + update, outer.x))
+
+
+def _follow(owner: Array, step: Array, rank: Array) -> Array:
+  """Composes the source map (B, S) with one plan: source -> token -> its owner -> the owner's new place."""
+  new = jnp.where(step >= 0, take(rank, jnp.maximum(step, 0)), -1)
+  return jnp.where(owner >= 0, take(new, jnp.maximum(owner, 0)), -1)
+
+
+def _silence(tokens: Tokens) -> Tokens:
+  def clean(leaf: Array) -> Array:
+    return jnp.where(tokens.mask.reshape(tokens.mask.shape + (1,) * (leaf.ndim - 2)), leaf, jnp.zeros_like(leaf))
+
+  return tokens.replace(x=clean(tokens.x), size=clean(tokens.size), feats=jax.tree.map(clean, tokens.feats))

@@ -1,0 +1,259 @@
+"""Optimisers and schedules by name, from optax, with rules for parameters given as regexes of their paths.
+
+A path is `encoder/block_3/attn/qkv/kernel`; a regex must match all of it (`re.fullmatch`). A regex that matches no
+parameter is an error, since it is a misspelling that would otherwise train the wrong model in silence.
+
+Order of one update, for the parameters that are not in `freeze`:
+
+    gradient -> clip by global norm -> optimiser with weight decay and learning rate -> multiplier -> freeze_until
+"""
+
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from tokred.config import default, nearest
+
+SCHEDULES = ("constant", "cosine", "linear")
+# lbfgs wants the loss function, noisy_sgd a random key, rprop, sm3 and optimistic_adam a learning rate without schedule
+_UNFIT = ("lbfgs", "noisy_sgd", "rprop", "sm3", "optimistic_adam")
+
+
+def make_schedule(config_optim: ConfigDict, total_steps: int) -> optax.Schedule:
+  """The learning rate at each step: linear warm-up from 0, then the decay named by `config.optim.schedule`.
+
+  With w = warmup_steps, T = total_steps and t = (step - w) / (T - w), clipped to [0, 1]:
+
+      step < w   lr * step / w
+      constant   lr
+      linear     lr + (end_lr - lr) t
+      cosine     end_lr + (lr - end_lr) (1 + cos(pi t)) / 2
+
+  Args:
+    config_optim: `config.optim`.
+    total_steps: optimiser steps of the whole run.
+
+  Returns:
+    A function of the step (Python int or traced scalar).
+
+  Raises:
+    ValueError: an unknown schedule, a negative rate, or a warm-up that is not shorter than the run.
+  """
+  name, lr, end_lr, warmup = (config_optim[key] for key in ("schedule", "lr", "end_lr", "warmup_steps"))
+  if name not in SCHEDULES:
+    raise ValueError(f"config.optim.schedule={name!r} is not a schedule; {nearest(name, SCHEDULES)}")
+  _check_nonnegative(config_optim, "lr", "end_lr")
+  if not 0 <= warmup < total_steps:
+    raise ValueError(
+      f"config.optim.warmup_steps={warmup} but the run has {total_steps} steps (config.train.steps or epochs); "
+      f"valid: 0 to {total_steps - 1}"
+    )
+  decay_steps = total_steps - warmup
+  if name == "constant":
+    decay = optax.constant_schedule(lr)
+  elif name == "linear":
+    decay = optax.linear_schedule(lr, end_lr, decay_steps)
+  else:
+    decay = optax.cosine_decay_schedule(lr, decay_steps, alpha=end_lr / lr if lr else 0.0)
+  if not warmup:
+    return decay
+  return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), decay], [warmup])
+
+
+def make_optimizer(
+  config_optim: ConfigDict, params: Any, total_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimiser that `config.optim` describes, for parameters of this structure.
+
+  `config.optim.name` is any optax optimiser that takes a learning rate; it gets those of `b1`, `b2` and `momentum`
+  that its signature has, with the config's values and not with optax's defaults (`lion` and `adan` want another b2
+  than 0.999; `momentum=0` means none).
+
+  Weight decay skips the parameters that match `no_decay`. It is decoupled, p <- p - lr * weight_decay * p, where the
+  optimiser does so (adamw, lion, lamb before its trust ratio, ...), and for adafactor, whose own decay in optax is
+  not scaled by the learning rate. Elsewhere (sgd, adam, rmsprop, lars, ...) it is coupled: weight_decay * p is added
+  to the clipped gradient, as in L2 regularisation.
+
+  `multipliers` scale the finished update, so the learning rate with its decay; of several regexes the first counts.
+  `freeze`: no update, no optimiser state, no share in the clipped norm. `freeze_until`: no update before the step,
+  while moments are gathered and the gradient counts in the norm, as with a learning rate of zero. Frozen parameters
+  stay identical to the bit.
+
+  Args:
+    config_optim: `config.optim`.
+    params: tree of arrays or ShapeDtypeStructs; only paths and structure are read.
+    total_steps: optimiser steps of the whole run.
+
+  Returns:
+    (transformation, schedule). The transformation needs the parameters in `update`; its state holds one scalar count
+    per part that counts.
+
+  Raises:
+    ValueError: an unknown name, a regex that does not compile or matches nothing, a negative number, or `freeze`
+      matching every parameter.
+  """
+  schedule = make_schedule(config_optim, total_steps)
+  _check_nonnegative(config_optim, "weight_decay", "clip_norm", "momentum")
+  paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+  names = [_path_name(path) for path, _ in paths]
+  known = default().optim.no_decay  # the defaults may match nothing: not every model has registers
+
+  no_decay = _first_match("no_decay", config_optim.no_decay, names, may_miss=known)
+  frozen = _first_match("freeze", config_optim.freeze, names)
+  factors = _pairs("multipliers", config_optim.multipliers)
+  scaled = _first_match("multipliers", [regex for regex, _ in factors], names)
+  steps = _pairs("freeze_until", config_optim.freeze_until)
+  held = _first_match("freeze_until", [regex for regex, _ in steps], names)
+  if all(index is not None for index in frozen):
+    raise ValueError(f"config.optim.freeze={tuple(config_optim.freeze)!r} matches every parameter; nothing would learn")
+
+  transforms = [optax.clip_by_global_norm(config_optim.clip_norm)] if config_optim.clip_norm else []
+  decay_mask = treedef.unflatten([index is None for index in no_decay])
+  transforms.append(_named_optimizer(config_optim, schedule, decay_mask))
+  transform = optax.chain(*transforms)
+  if config_optim.freeze:
+    transform = optax.masked(transform, treedef.unflatten([index is None for index in frozen]))
+  stages = [transform]
+  if factors:
+    stages.append(_scale(treedef.unflatten([1.0 if i is None else float(factors[i][1]) for i in scaled])))
+  if config_optim.freeze or steps:
+    until = [0 if i is None else int(steps[i][1]) for i in held]
+    until = [math.inf if i is not None else step for i, step in zip(frozen, until, strict=True)]
+    stages.append(_hold(treedef.unflatten(until)))
+  return optax.chain(*stages), schedule
+
+
+def ema_update(ema: Any, params: Any, decay: float, step: jax.Array | int | None = None) -> Any:
+  """Moves the average towards the parameters: ema <- decay * ema + (1 - decay) * params.
+
+  Args:
+    ema: tree of the averages, at first a copy of the parameters.
+    params: tree of the same structure, after the update.
+    decay: `config.optim.ema`, in [0, 1].
+    step: updates made before this one; where given, the decay is min(decay, (1 + step) / (10 + step)), so that the
+      initial weights are forgotten soon in a short run. None: the decay as it is.
+
+  Returns:
+    The new averages.
+  """
+  if step is not None:
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return optax.incremental_update(params, ema, 1.0 - decay)
+
+
+def optimizer_names() -> tuple[str, ...]:
+  """The values that `config.optim.name` may have."""
+  names = []
+  for name, make in vars(optax).items():
+    if inspect.isfunction(make) and name not in _UNFIT and not name.startswith(("_", "scale_by_")):
+      parameters = inspect.signature(make).parameters
+      required = {p.name for p in parameters.values() if p.default is p.empty}
+      if "learning_rate" in parameters and required <= {"learning_rate"}:
+        names.append(name)
+  return tuple(sorted(names))
+
+
+def _named_optimizer(
+  config_optim: ConfigDict, schedule: optax.Schedule, decay_mask: Any
+) -> optax.GradientTransformation:
+  """The optax optimiser with its own arguments, and weight decay where it belongs."""
+  name, weight_decay = config_optim.name, config_optim.weight_decay
+  if name not in (valid := optimizer_names()):
+    raise ValueError(f"config.optim.name={name!r} is not an optimiser of optax that fits; {nearest(name, valid)}")
+  make = getattr(optax, name)
+  accepted = inspect.signature(make).parameters
+  arguments = {key: config_optim[key] for key in ("b1", "b2") if key in accepted}
+  if "momentum" in accepted:  # None spares the buffer where the optimiser can do without it
+    arguments["momentum"] = config_optim.momentum or accepted["momentum"].default and 0.0
+  mask_name = next((key for key in ("mask", "weight_decay_mask") if key in accepted), None)
+  if "weight_decay" in accepted and mask_name:
+    return make(schedule, **arguments, weight_decay=weight_decay, **{mask_name: decay_mask})
+  if not weight_decay:
+    return make(schedule, **arguments)
+  if "weight_decay_rate" in accepted:  # adafactor
+    decay = optax.add_decayed_weights(lambda step: -schedule(step) * weight_decay, mask=decay_mask)
+    return optax.chain(make(schedule, **arguments), decay)
+  return optax.chain(optax.add_decayed_weights(weight_decay, mask=decay_mask), make(schedule, **arguments))
+
+
+def _scale(factors: Any) -> optax.GradientTransformation:
+  return optax.stateless(lambda updates, params: jax.tree.map(lambda u, factor: u * factor, updates, factors))
+
+
+class HoldState(NamedTuple):
+  """Updates made so far; int32 scalar."""
+
+  count: jax.Array
+
+
+def _hold(until: Any) -> optax.GradientTransformation:
+  """Leaves each parameter as it is before its step; 0: never held, inf: always."""
+
+  def hold(update: jax.Array, step: float, count: jax.Array) -> jax.Array:
+    if step == 0:
+      return update
+    nothing = jnp.full_like(update, -0.0)  # p + -0.0 is p for every p; -0.0 + 0.0 would flip the sign of a zero
+    return nothing if step == math.inf else jnp.where(count < step, nothing, update)
+
+  def init(params: Any) -> HoldState:
+    del params
+    return HoldState(jnp.zeros((), jnp.int32))
+
+  def update(updates: Any, state: HoldState, params: Any = None) -> tuple[Any, HoldState]:
+    del params
+    held = jax.tree.map(lambda u, step: hold(u, step, state.count), updates, until)
+    return held, HoldState(optax.safe_increment(state.count))
+
+  return optax.GradientTransformation(init, update)
+
+
+def _first_match(
+  field: str, regexes: Sequence[str], names: Sequence[str], may_miss: Iterable[str] = ()
+) -> list[int | None]:
+  """For each name the index of the first regex that matches all of it, or None."""
+  matches: list[int | None] = [None] * len(names)
+  for index, regex in enumerate(regexes):
+    try:
+      match: Callable[[str], Any] = re.compile(regex).fullmatch
+    except (re.error, TypeError) as error:
+      raise ValueError(f"config.optim.{field}: {regex!r} is not a regular expression: {error}") from None
+    hits = [i for i, name in enumerate(names) if match(name)]
+    if not hits and regex not in may_miss:
+      sample = difflib.get_close_matches(regex, names, n=4, cutoff=0.5) or names[:: max(1, len(names) // 6)][:6]
+      raise ValueError(
+        f"config.optim.{field}: {regex!r} matches none of the {len(names)} parameters (all of the path must match); "
+        f"valid are paths such as {', '.join(sample)}"
+      )
+    for i in hits:
+      matches[i] = index if matches[i] is None else matches[i]
+  return matches
+
+
+def _pairs(field: str, value: Sequence[Any]) -> list[tuple[str, float]]:
+  for item in value:
+    number = item[1] if isinstance(item, (tuple, list)) and len(item) == 2 else None
+    if not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+      wanted = "step" if field == "freeze_until" else "factor"
+      raise ValueError(
+        f"config.optim.{field}: {item!r} is not a (regex, {wanted}) pair with a number of at least 0; "
+        f"valid: a tuple of pairs such as (('encoder/.*', {100 if wanted == 'step' else 0.1}),)"
+      )
+  return [tuple(item) for item in value]
+
+
+def _check_nonnegative(config_optim: ConfigDict, *fields: str) -> None:
+  for field in fields:
+    if not config_optim[field] >= 0:
+      raise ValueError(f"config.optim.{field}={config_optim[field]} is negative or not a number; valid: 0 or more")
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
