@@ -167,7 +167,7 @@ def complete(config: Mapping[str, Any]) -> ConfigDict:
     elif not isinstance(value, (Mapping, ConfigDict)):
       raise ValueError(f"config.{group}={value!r} must be a dict of fields; {nearest(group, full[group])}")
     elif group == "sites":
-      full.sites = ConfigDict({name: dict(site) for name, site in value.items()})
+      full.sites = ConfigDict({name: {k: _tuples(v) for k, v in site.items()} for name, site in value.items()})
     else:
       for field, leaf in value.items():
         if field not in full[group]:
@@ -177,7 +177,7 @@ def complete(config: Mapping[str, Any]) -> ConfigDict:
 
 
 def _set(parent: ConfigDict, field: str, value: Any, name: str) -> None:
-  if isinstance(parent[field], tuple) and isinstance(value, list):  # JSON has no tuples
+  if isinstance(parent[field], tuple):  # JSON has no tuples
     value = _tuples(value)
   try:
     parent[field] = value
@@ -187,4 +187,23 @@ def _set(parent: ConfigDict, field: str, value: Any, name: str) -> None:
 
 
 def _tuples(value: Any) -> Any:
-  return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+  return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def arguments(text: str | None, **defaults: Any) -> ConfigDict:
+  """Structural arguments of a recipe: "variant=Ti/4,runlocal" over their defaults, in the types of these.
+
+  Raises:
+    ValueError: an argument that is not among the defaults, or a value of another type.
+  """
+  out = ConfigDict(defaults)
+  for part in filter(None, (text or "").split(",")):
+    name, _, value = part.partition("=")
+    if name not in defaults:
+      raise ValueError(f"config argument {name!r} is unknown; {nearest(name, defaults)}")
+    kind = type(defaults[name])
+    try:
+      out[name] = value.lower() not in ("0", "false") if kind is bool else kind(value)
+    except ValueError:
+      raise ValueError(f"config argument {name}={value!r} must be of type {kind.__name__}") from None
+  return out

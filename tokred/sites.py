@@ -193,14 +193,14 @@ class Reduce(nn.Module):
   @nn.compact
   def __call__(
     self, tokens: Tokens, place: str, keeps: Mapping[str, Array] | None, *, train: bool, mode: str
-  ) -> tuple[Tokens, dict[str, tuple[Array, ...]]]:
-    """Runs the spots of a place; reports are tuples under "reduce/<site>/<name>", one entry a spot."""
+  ) -> tuple[Tokens, dict[str, dict[int, Array]]]:
+    """Runs the spots of a place; what they report is under "reduce/<site>/<name>", by the spot's index."""
     reports = {}
     for spot in self.spots:
       if spot.place == place:
         tokens, report = Step(spot, name=spot.child)(tokens, keeps, train=train, mode=mode)
         for name, value in report.items():
-          reports[f"reduce/{spot.site}/{name}"] = (*reports.get(f"reduce/{spot.site}/{name}", ()), value)
+          reports.setdefault(f"reduce/{spot.site}/{name}", {})[spot.index] = value
     return tokens, reports
 
 

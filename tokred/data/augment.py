@@ -41,9 +41,10 @@ def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def pad_crop(image: np.ndarray, rng: np.random.Generator, *, padding: int) -> np.ndarray:
   """A random window of the original size in the image with `padding` black pixels on each side."""
-  height, width = image.shape[:2]
+  height, width, channels = image.shape
   top, left = rng.integers(0, 2 * padding, 2, endpoint=True)
-  padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+  padded = np.zeros((height + 2 * padding, width + 2 * padding, channels), np.uint8)  # np.pad takes ten times as long
+  padded[padding:-padding, padding:-padding] = image
   return padded[top : top + height, left : left + width]
 
 

@@ -5,7 +5,7 @@ These objects travel to worker processes, so they hold plain values only.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import os
 from typing import Any
 
 import numpy as np
@@ -34,30 +34,40 @@ def mean_std(config_data: ConfigDict, channels: int) -> tuple[np.ndarray, np.nda
   return fields[0], fields[1]
 
 
-def preparation(
-  config_data: ConfigDict, image_size: tuple[int, int], channels: int, *, resize: bool
-) -> Callable[[np.ndarray], np.ndarray]:
+def read_examples(
+  config_data: ConfigDict, source: Source, image_size: tuple[int, int], channels: int, *, resize: bool
+) -> "Lazy | Memory":
+  """The examples of a source with the channels that the model takes and, with `resize`, its image size."""
   fit = dict(size=tuple(image_size), crop_fraction=config_data.crop_fraction, method=config_data.resize)
-  return functools.partial(_prepared, channels=channels, fit=fit if resize else None)
+  lazy = Lazy(source, channels, fit if resize else None)
+  return _load(lazy, config_data.name) if config_data.in_memory else lazy
 
 
-def _prepared(image: np.ndarray, channels: int, fit: dict[str, Any] | None) -> np.ndarray:
-  image = images.with_channels(image, channels)
-  return image if fit is None else images.fit(image, **fit)
-
-
-def read_examples(config_data: ConfigDict, source: Source, prepare: Callable) -> "Lazy | Memory":
-  if not config_data.in_memory:
-    return Lazy(source, prepare)
-  lazy, pixels, labels = Lazy(source, prepare), [], []
-  with tqdm(total=len(source), desc=f"decoding {config_data.name}", delay=1, leave=False) as bar:
-    for start in range(0, len(source), 256):
-      more, more_labels = lazy.gather(np.arange(start, min(start + 256, len(source))))
+def _load(lazy: "Lazy", name: str) -> "Memory":
+  pixels, labels = [], []
+  with tqdm(total=len(lazy), desc=f"decoding {name}", delay=1, leave=False) as bar:
+    for start in range(0, len(lazy), 256):
+      more, more_labels = lazy.gather(np.arange(start, min(start + 256, len(lazy))))
       pixels.extend(more)
       labels.append(more_labels)
       bar.update(len(more))
+      if start == 0:
+        _check_fits(sum(image.nbytes for image in more) / len(more) * len(lazy))
   same = len({image.shape for image in pixels}) == 1
   return Memory(np.stack(pixels) if same else pixels, np.concatenate(labels))
+
+
+def _check_fits(num_bytes: float) -> None:
+  """Refuses what the machine cannot hold, twice because the images are stacked at the end."""
+  try:
+    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  except (AttributeError, ValueError, OSError):  # not every system says
+    return
+  if 2 * num_bytes > present:
+    raise ValueError(
+      f"config.data.in_memory=True: the decoded images need about {2 * num_bytes / 1e9:.0f} GB of {present / 1e9:.0f}; "
+      "set it to False"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +75,8 @@ class Lazy:
   """Examples decoded when asked for, every time."""
 
   source: Source
-  prepare: Callable[[np.ndarray], np.ndarray]
+  channels: int
+  fit: dict[str, Any] | None
   in_memory = False
 
   def __len__(self) -> int:
@@ -73,11 +84,12 @@ class Lazy:
 
   def gather(self, indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     examples = self.source.__getitems__(indices.tolist())
-    return [self.prepare(example["image"]) for example in examples], _labels(examples)
+    labels = np.array([example["label"] for example in examples], np.int32)
+    return [self._prepare(example["image"]) for example in examples], labels
 
-
-def _labels(examples: list[dict]) -> np.ndarray:
-  return np.array([example["label"] for example in examples], np.int32)
+  def _prepare(self, image: np.ndarray) -> np.ndarray:
+    image = images.with_channels(image, self.channels)
+    return image if self.fit is None else images.fit(image, **self.fit)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ share it. grain runs that function ahead, in a thread or in worker processes.
 
 import collections
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -18,9 +17,9 @@ import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from tokred.data import augment, images
+from tokred.data import augment, batches, images
+from tokred.data.batches import Batch
 from tokred.data.sources import Source, open_source
 
 
@@ -58,14 +57,15 @@ def train_batches(
     ValueError: a field of `config.data` out of its range, or a data set that does not fit the model.
   """
   check(config_data, channels)
+  if seed < 0:
+    raise ValueError(f"config.seed={seed}; valid: 0 or more")
   source = open_source(config_data, config_data.train_split, "train_split")
   _check_classes(config_data, source, num_classes)
-  changes = augment.changes(config_data, image_size)
-  prepare = _prepare(config_data, image_size, channels, resize=not config_data.random_resized_crop)
-  batch_at = _TrainBatch(
-    examples=_examples(config_data, source, prepare),
-    changes=changes,
-    mean_std=_mean_std(config_data, channels),
+  resize = not config_data.random_resized_crop  # which resizes by itself
+  batch_at = batches.TrainBatch(
+    examples=batches.read_examples(config_data, source, image_size, channels, resize=resize),
+    changes=augment.changes(config_data, image_size),
+    mean_std=batches.mean_std(config_data, channels),
     mixing=(config_data.mixup, config_data.cutmix),
     num_classes=num_classes,
     batch_size=batch_size,
@@ -97,10 +97,9 @@ def eval_batches(
   check(config_data, channels)
   source = open_source(config_data, split)
   _check_classes(config_data, source, num_classes)
-  prepare = _prepare(config_data, image_size, channels, resize=True)
-  batch_at = _EvalBatch(
-    examples=_examples(config_data, source, prepare),
-    mean_std=_mean_std(config_data, channels),
+  batch_at = batches.EvalBatch(
+    examples=batches.read_examples(config_data, source, image_size, channels, resize=True),
+    mean_std=batches.mean_std(config_data, channels),
     image_shape=(*image_size, channels),
     batch_size=batch_size,
     process=(process_index, process_count),
@@ -111,7 +110,7 @@ def eval_batches(
 class TrainBatches:
   """Iterator of training batches whose state is the number of batches that it has yielded."""
 
-  def __init__(self, batch_at: "_TrainBatch", num_workers: int):
+  def __init__(self, batch_at: batches.TrainBatch, num_workers: int):
     self._batch_at, self._num_workers = batch_at, num_workers
     self._number = 0
     self._iterator = None
@@ -136,12 +135,13 @@ class TrainBatches:
     Raises:
       ValueError: the state is of another seed, data set or global batch size, so that it cannot be gone on from.
     """
-    own = self.get_state()
-    other = [f"{name}={state.get(name)!r}, here {own[name]!r}" for name in own if state.get(name) != own[name]]
-    other = [line for line in other if not line.startswith("batches=")]
+    here = self._batch_at.identity()
+    wrong = [f"{name}={state.get(name)!r}, here {here[name]!r}" for name in here if state.get(name) != here[name]]
     number = state.get("batches")
-    if other or not isinstance(number, int) or number < 0:
-      raise ValueError(f"state of the data does not fit this run: {'; '.join(other) or f'batches={number!r}'}")
+    if not isinstance(number, int) or number < 0:
+      wrong.append(f"batches={number!r}, valid: 0 or more")
+    if wrong:
+      raise ValueError(f"state of the data does not fit this run: {'; '.join(wrong)}")
     self.close()
     self._number = number
 
@@ -224,7 +224,7 @@ def check(config_data: ConfigDict, channels: int) -> None:
       raise ValueError(f"config.data.{field}={config_data[field]!r}; valid: {words}")
   if channels not in (1, 3):
     raise ValueError(f"config.model.channels={channels}; valid: 1, 3")
-  _mean_std(config_data, channels)
+  batches.mean_std(config_data, channels)
 
 
 def _check_classes(config_data: ConfigDict, source: Source, num_classes: int) -> None:
@@ -236,10 +236,10 @@ def _check_classes(config_data: ConfigDict, source: Source, num_classes: int) ->
 
 def _run_ahead(batch_at: Callable[[int], Batch], start: int, stop: int, num_workers: int) -> Iterator[Batch]:
   """Batches `start` to `stop` in order, made ahead of their use in a thread or in worker processes."""
-  batches = grain.MapDataset.range(start, stop).map(batch_at)
+  dataset = grain.MapDataset.range(start, stop).map(batch_at)
   if not num_workers:
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
   if not flags.FLAGS.is_parsed():  # grain hands absl's flags to its workers, and jax has defined some
     flags.FLAGS.mark_as_parsed()
-  in_worker = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+  in_worker = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
   return iter(in_worker.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)))

@@ -38,7 +38,7 @@ class Output:
   counts: Any  # tokens leaving each block: ints in gather mode, else means over the batch, float32
   tokens: Tokens  # after the final norm
   features: Array  # (B, D) float32, what the head reads
-  aux: dict[str, Any]  # "reduce/<site>/<name>": one entry a spot
+  aux: dict[str, Any]  # "reduce/<site>/<name>": what a site's spots report, by their index
 
 
 class Shape(struct.PyTreeNode):
@@ -177,8 +177,8 @@ class Block(nn.Module):
     index = jnp.broadcast_to(jnp.arange(tokens.x.shape[1], dtype=jnp.int32), tokens.mask.shape)
     inner, route = reduce(tokens.replace(owner=index), "around", keeps, train=train, mode=mode)
     inner, report = self._body(inner, reduce, keeps, train, mode)
-    (weight,) = [v for name, v in route.items() if name.endswith("/update_weight")] or [(None,)]
-    return tk.bypass(tokens, inner, weight[0]), aux | route | report
+    weights = [w for name, report in route.items() if name.endswith("/update_weight") for w in report.values()]
+    return tk.bypass(tokens, inner, weights[0] if weights else None), aux | route | report
 
   def _body(self, tokens: Tokens, reduce: Reduce, keeps: Any, train: bool, mode: str) -> tuple[Tokens, dict[str, Any]]:
     c, layer, dtype = self.config, self.layer, jnp.dtype(self.config.dtype)
@@ -300,7 +300,7 @@ class ViT(nn.Module):
 
 
 def _extend(aux: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-  return aux | {name: (*aux.get(name, ()), *values) for name, values in report.items()}
+  return aux | {name: aux.get(name, {}) | values for name, values in report.items()}
 
 
 def make(config: ConfigDict, sites: Mapping[str, Any]) -> ViT:

@@ -21,6 +21,7 @@ import optax
 from ml_collections import ConfigDict
 
 from tokred.config import default, nearest
+from tokred.sharding import path_name
 
 SCHEDULES = ("constant", "cosine", "linear")
 # lbfgs wants the loss function, noisy_sgd a random key, rprop, sm3 and optimistic_adam a learning rate without schedule
@@ -103,7 +104,7 @@ def make_optimizer(
   schedule = make_schedule(config_optim, total_steps)
   _check_nonnegative(config_optim, "weight_decay", "clip_norm", "momentum")
   paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-  names = [_path_name(path) for path, _ in paths]
+  names = [path_name(path) for path, _ in paths]
   known = default().optim.no_decay  # the defaults may match nothing: not every model has registers
 
   no_decay = _first_match("no_decay", config_optim.no_decay, names, may_miss=known)
@@ -171,8 +172,9 @@ def _named_optimizer(
   make = getattr(optax, name)
   accepted = inspect.signature(make).parameters
   arguments = {key: config_optim[key] for key in ("b1", "b2") if key in accepted}
-  if "momentum" in accepted:  # None spares the buffer where the optimiser can do without it
-    arguments["momentum"] = config_optim.momentum or accepted["momentum"].default and 0.0
+  if "momentum" in accepted:
+    none = None if accepted["momentum"].default is None else 0.0  # None spares the buffer, where it is understood
+    arguments["momentum"] = config_optim.momentum or none
   mask_name = next((key for key in ("mask", "weight_decay_mask") if key in accepted), None)
   if "weight_decay" in accepted and mask_name:
     return make(schedule, **arguments, weight_decay=weight_decay, **{mask_name: decay_mask})
@@ -253,7 +255,3 @@ def _check_nonnegative(config_optim: ConfigDict, *fields: str) -> None:
   for field in fields:
     if not config_optim[field] >= 0:
       raise ValueError(f"config.optim.{field}={config_optim[field]} is negative or not a number; valid: 0 or more")
-
-
-def _path_name(path: tuple[Any, ...]) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,34 @@
+"""A small dense ViT on scikit-learn's digits, then the same with learned keep-rates at half the FLOPs.
+
+Expected (2 cores, seed 0): see README; `make demo` runs both and compares them.
+
+  python train.py --config=configs/digits.py --workdir=runs/digits_dense
+  python train.py --config=configs/digits.py:learned --workdir=runs/digits --config.init=runs/digits_dense
+"""
+
+from ml_collections import ConfigDict
+
+from tokred.config import arguments, default
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  args = arguments(arg, learned=False, runlocal=False)
+  config = default()
+  model = dict(variant="mu/1", width=64, depth=6, num_heads=4, image_size=(8, 8), channels=1, num_classes=10)
+  config.model.update(model)
+  config.data.update(dict(name="digits", mean=(0.5,), std=(0.5,), pad_crop=1))
+  config.train.update(dict(batch_size=128, epochs=60.0, checkpoint_every=200))
+  config.optim.update(dict(lr=2e-3, warmup_steps=50, weight_decay=0.05))
+  config.loss.label_smoothing = 0.1
+  if args.learned:
+    config.sites.rates = dict(reducer=("topk", "diffrate_merge"), layers=(1, 2, 3, 4, 5), rate="learned")
+    config.train.epochs = 20.0
+    config.rates.freeze_step = 100
+    config.optim.update(dict(lr=2e-4, warmup_steps=10, multipliers=((r".*/rate/.*", 100.0),)))
+    config.loss.update(dict(budget=20.0, target=0.5, distill_logits=0.5))
+  if args.runlocal:
+    config.train.update(dict(steps=2, batch_size=8, log_every=1, checkpoint_every=2))
+    config.optim.warmup_steps = 1
+    config.rates.freeze_step = min(config.rates.freeze_step, 1)
+    config.eval.batch_size = 64
+  return config

@@ -1,0 +1,379 @@
+"""The methods' authors' own outputs, on micro models with their weights (shared/golden/vit, its README says how)."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from tokred import config as defaults
+from tokred import cost, losses, pretrained, rates
+from tokred import tokens as tk
+from tokred.nn import attention, vit
+from tokred.reducers import REGISTRY, base, gumbel
+
+GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden" / "vit"
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden data at {GOLDEN}")
+
+MODES = ("gather", "mask")
+MODELS = {
+  "public_vit": dict(width=96, depth=6, num_heads=3, image_size=(64, 64), num_classes=10),
+  "public_dist": dict(width=64, depth=4, num_heads=2, image_size=(48, 48), num_classes=7, distilled=True),
+}
+
+
+@functools.cache
+def recorded(name):
+  """Arrays of a file and its settings; images as ours, NHWC."""
+  with np.load(GOLDEN / f"{name}.npz") as file:
+    arrays = dict(file)
+  settings = json.loads(str(arrays.pop("settings_json")))
+  if "images" in arrays:
+    arrays["images"] = arrays["images"].transpose(0, 2, 3, 1)
+  return arrays, settings
+
+
+def model(weights, sites=None):
+  config = defaults.complete(dict(model=dict(variant="mu/8", **MODELS[weights]), sites=sites or {}))
+  return vit.make(config.model, config.sites)
+
+
+@functools.cache
+def backbone(weights):
+  """Parameters of the dense model."""
+  return pretrained.load_timm(GOLDEN / f"{weights}.safetensors", like(model(weights)))
+
+
+def like(module):
+  height, width = (side * module.shape.patch for side in module.shape.grid)
+  init = functools.partial(module.init, mode="mask")
+  return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, height, width, 3)))["params"]
+
+
+def forward(module, params, images, mode, keeps=None):
+  """The output, and Tokens as they leave each block."""
+  apply = jax.jit(
+    functools.partial(
+      module.apply, mode=mode, mutable=["intermediates"], capture_intermediates=lambda m, _: isinstance(m, vit.Block)
+    )
+  )
+  output, captured = apply({"params": params}, images, keeps=keeps)
+  blocks = [captured["intermediates"][f"block_{i}"]["__call__"][0][0] for i in range(module.shape.depth)]
+  return output, blocks
+
+
+def check_forward(arrays, output, blocks, *, tokens=True):
+  """Logits, the CLS token of every block, the token counts, and final tokens where their order is protected."""
+  counts = arrays["tokens_per_block"].tolist()
+  np.testing.assert_array_equal(np.asarray(output.counts), counts)
+  np.testing.assert_allclose(np.stack([b.x[:, 0] for b in blocks]), arrays["cls_per_block"], atol=2e-5)
+  np.testing.assert_allclose(output.logits, arrays["logits"], atol=2e-5)
+  ours, theirs = np.asarray(output.tokens.x[:, : counts[-1]]), arrays["final_tokens"]
+  if not tokens:
+    ours, theirs = (rows_sorted(a.round(3)) for a in (ours, theirs))
+  np.testing.assert_allclose(ours, theirs, atol=2e-5 if tokens else 2e-3)
+
+
+def rows_sorted(a):
+  """Rows of each image in lexicographic order."""
+  return np.stack([rows[np.lexsort(rows.T[::-1])] for rows in np.asarray(a)])
+
+
+def check_sources(arrays, blocks, *, order):
+  """Sizes and source maps of every block; `order`: also in which order the tokens stand."""
+  for layer, tokens in enumerate(blocks):
+    if f"source_{layer}" not in arrays:
+      continue
+    theirs = arrays[f"source_{layer}"]
+    k = theirs.shape[1]
+    ours = (np.asarray(tokens.owner)[:, None] == np.arange(k)[:, None]).astype(np.uint8)
+    assert (np.asarray(tokens.owner) < k).all()
+    size = np.asarray(tokens.size[:, :k])
+    both = [(ours, size), (theirs, arrays[f"size_{layer}"])]
+    if not order:  # of a row's sources no two are alike, so a sorted row carries its size along
+      both = [(np.take_along_axis(s, (i := rank(s))[..., None], 1), np.take_along_axis(z, i, 1)) for s, z in both]
+    (ours, size), (theirs, wanted) = both
+    np.testing.assert_array_equal(ours, theirs, err_msg=f"layer {layer}")
+    np.testing.assert_allclose(size, wanted, rtol=1e-5, err_msg=f"layer {layer}")
+
+
+def rank(source):
+  return np.stack([np.lexsort(rows.T[::-1]) for rows in source])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("weights, name", [("public_vit", "dense"), ("public_dist", "dist_dense")])
+def test_dense(weights, name, mode):
+  arrays, _ = recorded(name)
+  check_forward(arrays, *forward(model(weights), backbone(weights), arrays["images"], mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["tome_a", "tome_b", "tome_c", "tome_d", "tome_e", "dist_tome_a"])
+def test_tome(name, mode):
+  weights = "public_dist" if name.startswith("dist") else "public_vit"
+  arrays, settings = recorded(name)
+  r = settings["r"] if isinstance(settings["r"], int) else tuple(settings["r"])
+  site = dict(reducer="tome", layers=tuple(range(MODELS[weights]["depth"])), r=r)
+  if not settings["prop_attn"]:
+    site["proportional"] = False
+  module = model(weights, dict(merge=site))
+  asked = rates.tome_schedule(r, 6) if not (isinstance(r, tuple) and len(r) > 2) else list(r)
+  assert asked[: len(arrays["r_per_layer"])] == arrays["r_per_layer"].tolist()
+  output, blocks = forward(module, backbone(weights), arrays["images"], mode)
+  check_forward(arrays, output, blocks)
+  check_sources(arrays, blocks, order=True)
+  counts = np.asarray(output.counts)
+  before = np.concatenate([[module.shape.num_tokens], counts[:-1]])
+  np.testing.assert_array_equal(before - counts, arrays["r_effective"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["evit_a", "evit_b", "evit_c", "evit_d"])
+def test_evit(name, mode):
+  arrays, settings = recorded(name)
+  rate = settings["keep_rate_model"]
+  layers = tuple(layer for layer, keep in enumerate(rate) if keep < 1)
+  keep = tuple(settings["call_kwargs"].get("keep_rate", rate[layer]) for layer in layers)
+  fuse = settings["fuse_token"]
+  module = model("public_vit", dict(prune=dict(reducer="topk", layers=layers, keep=keep, fuse=fuse)))
+  output, blocks = forward(module, backbone("public_vit"), arrays["images"], mode)
+  check_forward(arrays, output, blocks, tokens=False)
+  check_kept(arrays, blocks, {layer: layer for layer in layers}, fuse)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["dynamicvit_eval_a", "dynamicvit_eval_b"])
+def test_dynamicvit_inference(name, mode):
+  arrays, settings = recorded(name)
+  layers = tuple(settings["pruning_loc"])
+  module = model("public_vit", dict(prune=dict(reducer="gumbel", layers=layers, keep=tuple(settings["token_ratio"]))))
+  params = with_predictors(module, layers, "gumbel")
+  output, blocks = forward(module, params, arrays["images"], mode)
+  check_forward(arrays, output, blocks, tokens=False)
+  check_kept(arrays, blocks, dict(enumerate(layers)), False)
+  for stage, score in enumerate(output.aux["reduce/prune/score"]):
+    theirs = arrays[f"pred_logprob_{stage}"][..., 0]
+    ours = np.asarray(score)[:, 1 : theirs.shape[1] + 1]
+    np.testing.assert_allclose(np.sort(ours, 1), np.sort(theirs, 1), atol=2e-5)
+
+
+def check_kept(arrays, blocks, layers, fuse):
+  """Kept sets: the recorded indices count the patches that arrive; a fused token has no place and counts as -1."""
+  batch, n = blocks[0].owner.shape
+  theirs = np.tile(np.arange(n), (batch, 1))  # original position by place
+  label = theirs.copy()  # ours by original position: a fused token takes over the position of one that it holds
+  for key, layer in layers.items():
+    kept = arrays[f"kept_idx_{key}"]
+    theirs = np.concatenate([theirs[:, :1], np.take_along_axis(theirs, kept + 1, 1)], axis=1)
+    position = np.asarray(blocks[layer].position)[:, : theirs.shape[1] + fuse]
+    if fuse:
+      theirs = np.concatenate([theirs, np.full((batch, 1), -1)], axis=1)
+      np.put_along_axis(label, position[:, -1:], -1, axis=1)
+    ours = np.take_along_axis(label, position, axis=1)
+    np.testing.assert_array_equal(np.sort(ours, 1), np.sort(theirs, 1), err_msg=f"layer {layer}")
+
+
+def predictor_rules(layers, reducer):
+  """The authors' predictors in our tree."""
+  names = {
+    "in_conv.0": "norm",
+    "in_conv.1": "in_proj",
+    "out_conv.0": "out1",
+    "out_conv.2": "out2",
+    "out_conv.4": "out3",
+  }
+  rules = []
+  for stage, layer in enumerate(layers):
+    for theirs, ours in names.items():
+      old = rf"score_predictor\.{stage}\.{theirs}".replace("conv.", r"conv\.")
+      new = f"block_{layer}/reduce/prune/{reducer}/predictor/{ours}"
+      if ours == "norm":
+        rules.append((old + r"\.weight", new + "/scale", None))
+      else:
+        rules.append((old + r"\.weight", new + "/kernel", np.transpose))
+      rules.append((old + r"\.bias", new + "/bias", None))
+  return rules
+
+
+def with_predictors(module, layers, reducer):
+  state = pretrained.read_safetensors(GOLDEN / "public_vit_dynamicvit_predictors.safetensors")
+  used = {name: a for name, a in state.items() if int(name.split(".")[1]) < len(layers)}
+  loaded = pretrained.translate(used, predictor_rules(layers, reducer))
+  dense = traverse_util.flatten_dict(backbone("public_vit"), sep="/")
+  return pretrained.merge(like(module), {**dense, **loaded})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["diffrate_eval_a", "diffrate_eval_b", "diffrate_eval_c"])
+def test_diffrate_inference(name, mode):
+  arrays, settings = recorded(name)
+  keep = np.minimum.accumulate(np.stack([settings["prune"], settings["merge"]], 1).ravel()).reshape(-1, 2)
+  keep = tuple(tuple(column.tolist()) for column in keep.T)  # a count above what arrives asks for nothing
+  site = dict(reducer=("topk", "diffrate_merge"), layers=tuple(range(6)), keep=keep)
+  module = model("public_vit", dict(reduce=site))
+  output, blocks = forward(module, backbone("public_vit"), arrays["images"], mode)
+  check_forward(arrays, output, blocks, tokens=False)
+  check_sources(arrays, blocks, order=False)
+  s = module.shape
+  macs = cost.macs(s.sizes(), module.sites.profile(s.width, s.num_heads))
+  np.testing.assert_allclose(macs, arrays["flops"], rtol=1e-6)
+  np.testing.assert_allclose(losses.macs(module, output), arrays["flops"], rtol=1e-6)
+
+
+def close(ours, theirs, name=""):
+  """To 1e-4 of the largest."""
+  np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max() + 1e-9, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["diffrate_train_a", "diffrate_train_b"])
+def test_diffrate_training(name):
+  arrays, settings = recorded(name)
+  pair, step, weight = ("topk", "diffrate_merge"), settings["granularity"], settings["lambda_flops"]
+  module = model(
+    "public_vit",
+    dict(
+      first=dict(reducer=pair, layers=(0,), rate="learned", granularity=65),  # one candidate: all
+      rest=dict(reducer=pair, layers=(1, 2, 3, 4, 5), rate="learned", granularity=step),
+    ),
+  )
+  paths = {  # theirs -> ours
+    f"blocks.{layer}.{kind}_ddp": f"block_{layer}/reduce/{'rest' if layer else 'first'}_{slot}_{pair[slot]}/rate/logits"
+    for layer in range(6)
+    for slot, kind in enumerate(("prune", "merge"))
+  }
+  logits = {ours: arrays[f"{theirs}.selected_probability"] for theirs, ours in paths.items()}
+  dense = traverse_util.flatten_dict(backbone("public_vit"), sep="/")
+  params = pretrained.merge(like(module), {**dense, **logits})
+  target = jax.nn.one_hot(arrays["labels"], 10)
+
+  def terms(params):
+    output, captured = module.apply(
+      {"params": params}, arrays["images"], train=True, mode="mask", rngs={"reduce": jax.random.key(0)},
+      mutable=["intermediates"], capture_intermediates=lambda m, _: isinstance(m, vit.Block),
+    )  # fmt: skip
+    ce = losses.cross_entropy(output.logits, target, settings["label_smoothing"])
+    macs = losses.macs(module, output)
+    flops_loss = jnp.square(macs / 1e9 - arrays["target_flops_g"])
+    return jnp.stack([ce, macs, ce + weight * flops_loss]), (output, captured, flops_loss)
+
+  @jax.jit
+  def both(params):
+    values, pull, aux = jax.vjp(terms, params, has_aux=True)
+    return values, [pull(row)[0] for row in jnp.eye(3)], aux
+
+  (ce, macs, total), grads, (output, captured, flops_loss) = both(params)
+  blocks = [captured["intermediates"][f"block_{i}"]["__call__"][0][0] for i in range(6)]
+  np.testing.assert_allclose(np.stack([b.x[:, 0] for b in blocks]), arrays["cls_per_block"], atol=5e-5)
+  np.testing.assert_allclose(output.logits, arrays["logits"], atol=2e-5)
+  for layer, tokens in enumerate(blocks):
+    np.testing.assert_array_equal(tokens.mask.sum(1), arrays[f"mask_sorted_{layer}"].sum(1))
+  counts = np.stack([*output.aux["reduce/first/count"], *output.aux["reduce/rest/count"]]).reshape(6, 2)
+  np.testing.assert_array_equal(counts.T, [arrays["prune_kept_num"], arrays["merge_kept_num"]])
+  np.testing.assert_array_equal(output.counts, arrays["last_token_number"][1:])
+  np.testing.assert_allclose(macs, arrays["flops"], rtol=1e-6)
+  np.testing.assert_allclose(
+    [ce, flops_loss, total], [arrays[f"loss_{k}"] for k in ("cls", "flops", "total")], rtol=1e-5
+  )
+  for kind, grad in zip(("ce", "flops", "total"), grads, strict=True):
+    flat = traverse_util.flatten_dict(grad, sep="/")
+    for theirs, ours in paths.items():
+      close(flat[ours], arrays[f"grad_{kind}.{theirs}"], f"{kind} {theirs}")
+  ce_grad = grads[0]
+  close(ce_grad["cls_token"], arrays["grad_ce__cls_token"])
+  close(ce_grad["head"]["kernel"].T, arrays["grad_ce__head"])
+  close(ce_grad["block_1"]["attn"]["qkv"]["kernel"].reshape(96, -1).T[:8], arrays["grad_ce__qkv1"])
+
+
+class Replay(gumbel.Gumbel):
+  """The selector with recorded noise, by layer; tokens have moved, so it is looked up by their original position."""
+
+  record = {}
+  position = None
+
+  def plan(self, tokens, keep, *, train):
+    Replay.position = tokens.position
+    return super().plan(tokens, keep, train=train)
+
+  def noise(self, shape):
+    noise = jnp.pad(Replay.record[self.path[0]], ((0, 0), (1, 0), (0, 0)))  # CLS needs none
+    assert noise.shape == shape
+    return tk.take(noise, Replay.position, "gather")
+
+
+@pytest.mark.parametrize("name", ["dynamicvit_train_a", "dynamicvit_train_b"])
+def test_dynamicvit_training(name, monkeypatch):
+  monkeypatch.setitem(REGISTRY, "replay", Replay)
+  arrays, settings = recorded(name)
+  layers, targets, weight = tuple(settings["pruning_loc"]), settings["keep_ratio"], settings["weights"]
+  Replay.record = {f"block_{layer}": arrays[f"gumbel_noise_{stage}"] for stage, layer in enumerate(layers)}
+  module = model("public_vit", dict(prune=dict(reducer="replay", layers=layers, keep=tuple(settings["token_ratio"]))))
+  params = with_predictors(module, layers, "replay")
+  teacher, _ = forward(model("public_vit"), backbone("public_vit"), arrays["images"], "gather")
+  target = jax.nn.one_hot(arrays["labels"], 10)
+
+  def terms(params):
+    output, captured = module.apply(
+      {"params": params}, arrays["images"], train=True, mode="mask", mutable=["intermediates"],
+      capture_intermediates=lambda m, _: isinstance(m, vit.Block),
+    )  # fmt: skip
+    ratio = losses.keep_ratio(output.aux["reduce/prune/kept_share"], targets)
+    parts = dict(
+      cls=losses.cross_entropy(output.logits, target),
+      ratio_sum=ratio * settings["ratio_divisor"],
+      cls_kl=losses.distill_logits(output.logits, teacher.logits),
+      token_mse=losses.distill_tokens(output.tokens, teacher.tokens.x),
+    )
+    total = weight["clf"] * parts["cls"] + weight["ratio"] * ratio
+    total = total + weight["distill"] * (parts["cls_kl"] + parts["token_mse"])
+    return jnp.stack([total, parts["ratio_sum"]]), (parts, output, captured)
+
+  @jax.jit
+  def both(params):
+    values, pull, aux = jax.vjp(terms, params, has_aux=True)
+    return values, [pull(row)[0] for row in jnp.eye(2)], aux
+
+  (total, _), grads, (parts, output, captured) = both(params)
+  np.testing.assert_allclose(output.logits, arrays["logits"], atol=2e-5)
+  for part, value in parts.items():
+    np.testing.assert_allclose(value, arrays[f"loss_{part}"], rtol=2e-5, err_msg=part)
+  np.testing.assert_allclose(total, arrays["loss_total"], rtol=1e-5)
+
+  blocks = [captured["intermediates"][f"block_{i}"]["__call__"][0][0] for i in range(6)]
+  np.testing.assert_allclose(np.stack([b.x[:, 0] for b in blocks]), arrays["cls_per_block"], atol=5e-5)
+  place = np.argsort(output.tokens.position, axis=1)[:, 1:]  # of each patch
+  there = lambda values: np.take_along_axis(
+    np.asarray(values), place.reshape(place.shape + (1,) * (values.ndim - 2)), 1
+  )  # noqa: E731
+  np.testing.assert_allclose(there(output.tokens.x), arrays["token_features"], atol=5e-5)
+  np.testing.assert_array_equal(there(output.tokens.mask), arrays["final_decision"][..., 0])
+  for stage, layer in enumerate(layers):
+    now = np.argsort(blocks[layer].position, axis=1)[:, 1:]
+    np.testing.assert_array_equal(
+      np.take_along_axis(np.asarray(blocks[layer].mask), now, 1), arrays[f"decision_{stage}"]
+    )
+  # Their "dynamic" ratio takes the mean over the batch first; their other token loss is a KL over the channels.
+  shares = output.aux["reduce/prune/kept_share"]
+  dynamic = sum(jnp.square(s.mean() - t) for s, t in zip(shares, targets, strict=True))
+  np.testing.assert_allclose(dynamic, arrays["loss_ratio_sum_dynamic"], rtol=2e-5)
+  changed = weight["ratio"] / settings["ratio_divisor"] * (dynamic - parts["ratio_sum"])
+  np.testing.assert_allclose(total + changed, arrays["loss_total_dynamic"], rtol=2e-5)
+
+  for kind, grad in zip(("total", "ratio"), grads, strict=True):
+    flat = traverse_util.flatten_dict(grad, sep="/")
+    compared = 0
+    for name in [n for n in arrays if n.startswith(f"grad_{kind}.score_predictor")]:
+      rules = predictor_rules(layers, "replay")
+      (ours,) = pretrained.translate({name.removeprefix(f"grad_{kind}."): np.zeros((1, 1))}, rules)
+      theirs = arrays[name]
+      close(np.asarray(flat[ours]).T[: len(theirs)], theirs, name)
+      compared += 1
+    assert compared == 10 * len(layers)
+  close(grads[0]["cls_token"], arrays["grad_total.cls_token"])
+  for name in [n for n in arrays if "attn.qkv" in n]:
+    layer = name.split(".")[2]
+    close(grads[0][f"block_{layer}"]["attn"]["qkv"]["kernel"].reshape(96, -1).T[:8], arrays[name], name)

@@ -1,0 +1,477 @@
+"""Checkpoints: the whole state of a run, its data iterator and its config, in one folder for each step.
+
+    checkpoints/
+      400/
+        state/           every array of the state, by path (orbax, OCDBT)
+        data/metadata    the position of the data iterator of each process, JSON
+        config/metadata  the config, JSON
+        manifest.json    size and SHA-256 of every file above
+
+A step is written under a temporary name, hashed, and then renamed: at whatever moment the process dies, a folder
+that is named by its step alone is whole, and its manifest came with it. So a folder without a manifest is none that a
+save has finished (half deleted, or tampered with), and is refused like one whose files differ from the manifest.
+Hashes are checked by `restore` and `restore_params` only, since they read everything; nothing is ever unpickled.
+The directory is a path of a mounted file system, shared by all processes.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from tokred.config import complete
+
+FOLDER = "checkpoints"  # inside a run directory
+MANIFEST = "manifest.json"
+
+# Written by orbax after the manifest, when it seals the folder; the first is checked by itself, the second is a marker.
+_SEALS = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_TEXTS = ("No space left", "Disk quota exceeded", "File too large")  # tensorstore reports no errno
+
+# A run may be resumed with other values of these: they do not change what is learned.
+_MAY_CHANGE = re.compile(
+  r"train\.(log_every|eval_every|checkpoint_every|keep_checkpoints)|data\.(num_workers|prefetch|data_dir)"
+  r"|mesh\..*|eval\..*"
+)
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that cannot be written, or must not be read."""
+
+
+class Checkpoints:
+  """The checkpoints of one run; the only writer of its directory.
+
+  All processes of a run make one and call its methods together. To read the checkpoints of another run, which may still
+  be training, use `restore_params`: this class removes the leftovers of interrupted saves when it starts.
+  """
+
+  def __init__(self, directory: str | os.PathLike, keep: int = 2):
+    """
+    Args:
+      directory: the folder of the steps, usually `<workdir>/checkpoints`; made where it does not exist.
+      keep: how many of the latest steps stay.
+
+    Raises:
+      ValueError: `keep` below 1.
+      CheckpointError: the directory cannot be made.
+    """
+    if keep < 1:
+      raise ValueError(f"config.train.keep_checkpoints={keep}; valid: 1 or more")
+    self.directory = Path(directory).absolute()
+    self._saving: int | None = None
+    self._keep = keep
+    _quieten_orbax()
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=self._keep,
+      cleanup_tmp_directories=True,
+      # Called in the background thread of the first process when every file is written, before the folder is renamed.
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+    )
+    try:
+      return ocp.CheckpointManager(self.directory, options=options)
+    except OSError as error:
+      raise CheckpointError(f"{self.directory} cannot be used for checkpoints: {_reason(error)}") from error
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    *,
+    data_state: Mapping[str, Any],
+    config: Mapping[str, Any] | ConfigDict,
+    wait: bool = False,
+  ) -> None:
+    """Saves in the background; returns when the state is copied, so that its buffers may be donated.
+
+    First waits for the save before, and raises the error that it may have met. A step that exists is left as it is.
+
+    Args:
+      step: of the optimiser.
+      state: pytree of arrays; `restore_params` finds what is under its names `params`, `ema`, ...
+      data_state: position of this process's data iterator, as JSON can hold it.
+      config: of the run.
+      wait: return only when the checkpoint is final.
+
+    Raises:
+      CheckpointError: this save or the one before failed; the last good checkpoint is untouched.
+      TypeError: `data_state` is not JSON.
+    """
+    self.wait()
+    if step in steps(self.directory):
+      return
+    processes = _gather(json.dumps(dict(data_state)))
+    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    items = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(state),
+      data=ocp.args.JsonSave({"processes": processes}),
+      config=ocp.args.JsonSave(plain),
+    )
+    self._saving = step
+    with self._explain():
+      self._manager.save(step, args=items, force=True)
+    if wait:
+      self.wait()
+
+  def wait(self) -> None:
+    """Returns when no save is under way.
+
+    Raises:
+      CheckpointError: the save failed.
+    """
+    with self._explain():
+      self._manager.wait_until_finished()
+
+  def latest_step(self) -> int | None:
+    """The last step whose save is complete."""
+    return max(steps(self.directory), default=None)
+
+  def restore(self, target: Any, step: int | None = None) -> tuple[Any, dict]:
+    """Reads a checkpoint onto the devices that `target` names, whichever it was saved from.
+
+    Args:
+      target: the tree that was saved, of arrays or `jax.ShapeDtypeStruct` with shardings; numpy arrays stay numpy.
+      step: the latest by default.
+
+    Returns:
+      The state, and the `data_state` of this process.
+
+    Raises:
+      FileNotFoundError: there is no such step.
+      CheckpointError: the checkpoint is damaged, or holds other arrays than `target`.
+    """
+    self.wait()
+    step = self.latest_step() if step is None else step
+    if step is None or step not in steps(self.directory):
+      raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in {self.directory}")
+    folder = self.directory / str(step)
+    _verify(folder)
+    _compare(folder, _leaves(_saved_tree(folder)), _leaves(target))
+    restore_args = jax.tree.map(_restore_arg, target)
+    items = ocp.args.Composite(
+      state=ocp.args.PyTreeRestore(target, restore_args=restore_args), data=ocp.args.JsonRestore()
+    )
+    restored = self._manager.restore(step, args=items)
+    return restored["state"], _own(restored["data"]["processes"], folder)
+
+  def close(self) -> None:
+    """Waits, then stops the background threads.
+
+    Raises:
+      CheckpointError: the last save failed.
+    """
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def _write_manifest(self) -> None:
+    final = self.directory / str(self._saving)
+    folder = final.with_name(final.name + ocp.utils.TMP_DIR_SUFFIX)
+    folder = folder if folder.exists() else final  # a file system without rename, where orbax writes in place
+    write_manifest(folder, leave_out=_SEALS)
+
+  @contextlib.contextmanager
+  def _explain(self) -> Iterator[None]:
+    """Turns what a failed save raises into one line, and removes what it has left: the disk may be full."""
+    try:
+      yield
+    except Exception as error:
+      for _ in range(3):  # a failed manager keeps errors in several places and raises them one after another
+        with contextlib.suppress(Exception):
+          self._manager.close()
+          break
+      if jax.process_index() == 0:
+        shutil.rmtree(self.directory / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}", ignore_errors=True)
+      self._manager = self._open()
+      good = self.latest_step()
+      rest = "no earlier checkpoint exists" if good is None else f"the last good checkpoint is step {good}"
+      raise CheckpointError(f"{self.directory}: step {self._saving} not saved: {_reason(error)}; {rest}") from error
+
+
+def steps(directory: str | os.PathLike) -> list[int]:
+  """The steps with a complete save, ascending; safe while another process writes there."""
+  directory = Path(directory)
+  if not directory.is_dir():
+    return []
+  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def restore_params(path: str | os.PathLike, name: str = "params", step: int | None = None) -> Any:
+  """One part of a saved state, without the code or the optimiser that made it.
+
+  Args:
+    path: run directory, its folder of checkpoints, or the folder of one step.
+    name: the part: `params`, `ema`, ...
+    step: where `path` holds several; the latest by default.
+
+  Returns:
+    Nested dict of numpy arrays.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint.
+    CheckpointError: the checkpoint is damaged, or has no such part.
+  """
+  _quieten_orbax()
+  folder = _step_folder(Path(path).absolute(), step)
+  _verify(folder)
+  tree = _saved_tree(folder)
+  if not jax.tree.leaves(tree.get(name)):
+    parts = ", ".join(sorted(part for part, value in tree.items() if jax.tree.leaves(value)))
+    raise CheckpointError(f"{folder} has no {name!r}; it has: {parts}")
+  item = {name: tree[name]}
+  args = ocp.args.PyTreeRestore(
+    item,
+    restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item),
+    partial_restore=True,
+  )
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    return checkpointer.restore(folder / "state", args=args)[name]
+
+
+def write_manifest(folder: str | os.PathLike, leave_out: Collection[str] = ()) -> None:
+  """Writes size and SHA-256 of every file under a folder into its `manifest.json`, whole or not at all."""
+  folder = Path(folder)
+  files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+  files = {name: path for name, path in files.items() if name not in (*leave_out, MANIFEST)}
+  with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+    content = {
+      name: {"size": path.stat().st_size, "sha256": digest}
+      for (name, path), digest in zip(files.items(), pool.map(_digest, files.values()), strict=True)
+    }
+  _write_json(folder / MANIFEST, {"files": content})
+
+
+def find_damage(folder: str | os.PathLike) -> str | None:
+  """How the files of a folder differ from its manifest: the first difference in words, or None. Reads everything.
+
+  Detects accidents and edits, not forgery: who can write the files can write the manifest. Files that the manifest does
+  not name are ignored.
+  """
+  folder = Path(folder)
+  try:
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    files = [(name, folder / name, entry["size"], entry["sha256"]) for name, entry in files.items()]
+  except FileNotFoundError:
+    return f"{MANIFEST} is missing"
+  except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    return f"{MANIFEST} is unreadable"
+
+  def check(entry: tuple[str, Path, int, str]) -> str | None:
+    name, path, size, digest = entry
+    if not path.is_file():
+      return f"{name} is missing"
+    if path.stat().st_size != size:
+      return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None if _digest(path) == digest else f"{name} has another content than was saved (SHA-256)"
+
+  with ThreadPoolExecutor() as pool:
+    return next((found for found in pool.map(check, files) if found), None)
+
+
+def write_config(directory: str | os.PathLike, config: ConfigDict) -> None:
+  """Writes `config.json` into the run directory, whole or not at all; by the first process only."""
+  if jax.process_index() == 0:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    _write_json(Path(directory) / "config.json", config.to_dict())
+
+
+def read_config(directory: str | os.PathLike) -> ConfigDict:
+  """The config of a run directory, or of the folder of one step, complete and locked.
+
+  Raises:
+    FileNotFoundError: the directory has no `config.json`.
+    ValueError: it is not JSON, or has fields that tokred does not know.
+  """
+  path = Path(directory) / "config.json"
+  if (Path(directory) / "config" / "metadata").is_file():  # as `Checkpoints.save` lays it out
+    path = Path(directory) / "config" / "metadata"
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} does not exist; valid: a run directory, as train.py --workdir makes it")
+  try:
+    plain = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON ({error}); restore it, or use another --workdir") from None
+  return complete(_tuples(plain))
+
+
+def check_config(directory: str | os.PathLike, config: ConfigDict) -> None:
+  """Checks that a run directory, if it holds a run, holds one of this config.
+
+  Fields that do not change what is learned (logging, worker processes, mesh, ...) may differ.
+
+  Raises:
+    ValueError: other fields differ; the message lists them with both values.
+  """
+  if not (Path(directory) / "config.json").is_file():
+    return
+  saved, given = _flat(read_config(directory).to_dict()), _flat(_tuples(config.to_dict()))
+  lines = [
+    f"config.{name}: {saved.get(name, 'absent')!r} there, {given.get(name, 'absent')!r} here"
+    for name in sorted(saved.keys() | given.keys())
+    if saved.get(name, "absent") != given.get(name, "absent") and not _MAY_CHANGE.fullmatch(name)
+  ]
+  if lines:
+    raise ValueError(
+      f"{Path(directory)} holds a run of another config ({'; '.join(lines)}); "
+      "use another --workdir, or set the fields back to resume"
+    )
+
+
+def _step_folder(path: Path, step: int | None) -> Path:
+  if (path / "state").is_dir():
+    return path
+  directory = path / FOLDER if (path / FOLDER).is_dir() else path
+  found = steps(directory)
+  if not found or (step is not None and step not in found):
+    raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in {directory}")
+  return directory / str(found[-1] if step is None else step)
+
+
+def _digest(path: Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(folder: Path) -> None:
+  """Raises CheckpointError unless every file is as it was saved. One process reads; the others hear of it."""
+  problem = _problem(folder) if jax.process_index() == 0 else None
+  if jax.process_count() > 1:
+    bad = multihost_utils.broadcast_one_to_all(np.int32(problem is not None))
+    problem = problem or ("process 0 finds it damaged" if bad else None)
+  if problem is None:
+    return
+  older = [step for step in reversed(steps(folder.parent)) if folder.name.isdecimal() and step < int(folder.name)]
+  intact = next((step for step in older if _problem(folder.parent / str(step)) is None), None)
+  way_out = (
+    "no older step is intact" if intact is None else f"step {intact} is intact: delete {folder} to go back to it"
+  )
+  raise CheckpointError(f"checkpoint {folder} is damaged: {problem}; {way_out}")
+
+
+def _problem(folder: Path) -> str | None:
+  """What is wrong with the files of a step, or None."""
+  try:
+    items = json.loads((folder / _SEALS[0]).read_text())["item_handlers"].keys()
+  except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    return f"{_SEALS[0]} is missing or unreadable"
+  return find_damage(folder) if {"state", "data", "config"} <= items else f"{_SEALS[0]} does not name the items"
+
+
+def _saved_tree(folder: Path) -> Any:
+  """The tree of the saved state, with descriptions in place of arrays."""
+  return ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+  return {
+    name: (tuple(leaf.shape), leaf.dtype) if hasattr(leaf, "shape") else (np.shape(leaf), np.asarray(leaf).dtype)
+    for name, (_, leaf) in zip(names, leaves, strict=True)
+  }
+
+
+def _compare(folder: Path, saved: dict, wanted: dict) -> None:
+  """Orbax would cast another dtype and say little of another tree: names both sides instead."""
+  parts = []
+  if absent := sorted(wanted.keys() - saved.keys()):
+    parts.append(f"not in the checkpoint: {', '.join(absent)}")
+  if unused := sorted(saved.keys() - wanted.keys()):
+    parts.append(f"only in the checkpoint: {', '.join(unused)}")
+  for name in sorted(saved.keys() & wanted.keys()):
+    if saved[name] != wanted[name]:
+      (shape, dtype), (wanted_shape, wanted_dtype) = saved[name], wanted[name]
+      parts.append(f"{name} is {dtype}{list(shape)} there, {wanted_dtype}{list(wanted_shape)} here")
+  if parts:
+    raise CheckpointError(f"checkpoint {folder} is of another model or optimiser: {'; '.join(parts)}")
+
+
+def _restore_arg(leaf: Any) -> ocp.RestoreArgs:
+  if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+  sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+
+def _gather(text: str) -> list[Any]:
+  """The JSON of every process, parsed, in their order."""
+  if jax.process_count() == 1:
+    return [json.loads(text)]
+  data = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(data.size))
+  rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - data.size)))
+  return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _own(processes: list[dict], folder: Path) -> dict:
+  """The part of this process; with another number of processes only what all of them agree on can be resumed."""
+  if len(processes) == jax.process_count():
+    return processes[jax.process_index()]
+  if all(part == processes[0] for part in processes):
+    return processes[0]
+  raise CheckpointError(
+    f"checkpoint {folder} has the data iterators of {len(processes)} processes, each at its own place, but there are "
+    f"{jax.process_count()}; resume with {len(processes)} processes"
+  )
+
+
+def _reason(error: Exception) -> str:
+  """One line; plain words where the disk is full."""
+  text = " ".join(str(error).split())
+  full = next((known for known in _FULL_TEXTS if known in text), None)
+  if isinstance(error, OSError) and error.errno in _FULL:
+    full = os.strerror(error.errno)
+  if full:
+    return f"the disk is full ({full}): make room, then run the same command again"
+  return f"{type(error).__name__}: {text[:300]}"
+
+
+def _write_json(path: Path, content: Any) -> None:
+  tmp = path.with_name(f".{path.name}.tmp")
+  tmp.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+  os.replace(tmp, path)
+
+
+def _tuples(value: Any) -> Any:
+  """JSON has no tuples, configs have no lists."""
+  if isinstance(value, Mapping):
+    return {key: _tuples(item) for key, item in value.items()}
+  return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+  return flat
+
+
+def _quiet(record: logging.LogRecord) -> bool:
+  """Orbax logs a page for each save, and tracebacks of what it raises too: leaves its warnings, and errors as a line."""
+  if f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname:
+    return True
+  record.exc_info = None
+  return record.levelno >= logging.WARNING
+
+
+def _quieten_orbax() -> None:
+  logging.getLogger("absl").addFilter(_quiet)  # a filter that is there already is not added twice

@@ -1,0 +1,143 @@
+"""Terms of the training loss: pure functions, each with its paper, and the dict that a training step adds up."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from tokred import cost
+from tokred.nn.vit import Output, ViT
+from tokred.tokens import Array, Tokens, take
+
+
+def cross_entropy(logits: Array, target: Array, label_smoothing: float = 0.0) -> Array:
+  """Mean over the batch of the cross-entropy to soft targets.
+
+  Args:
+    logits: (B, classes).
+    target: (B, classes) probabilities.
+    label_smoothing: share of the target that is spread over all classes.
+  """
+  return optax.softmax_cross_entropy(logits, optax.smooth_labels(target, label_smoothing)).mean()
+
+
+def distill_logits(logits: Array, teacher: Array, temperature: float = 1.0) -> Array:
+  """KL(teacher || student) tau^2, mean over the batch.  (Hinton et al., 2015, arXiv:1503.02531)"""
+  log_q = jax.nn.log_softmax(logits / temperature)
+  log_p = jax.nn.log_softmax(teacher / temperature)
+  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1).mean() * temperature**2
+
+
+def distill_tokens(tokens: Tokens, teacher: Array) -> Array:
+  """Squared distance of the survivors to the teacher's tokens at their original positions.  (DynamicViT)
+
+  Args:
+    tokens: of the student after the final norm; a survivor of a merge answers for its own place only.
+    teacher: (B, S, D) the teacher's tokens after its final norm.
+
+  Returns:
+    Mean over surviving unprotected tokens of the batch and channels; 0 if none survives.
+  """
+  wanted = take(teacher, tokens.position, "gather").astype(jnp.float32)
+  kept = (tokens.alive & ~tokens.protected).astype(jnp.float32)
+  distance = jnp.square(tokens.x.astype(jnp.float32) - wanted).mean(-1)
+  return jnp.sum(distance * kept) / jnp.maximum(kept.sum(), 1.0)
+
+
+def keep_ratio(shares: Sequence[Array], targets: Sequence[float]) -> Array:
+  """Mean over selectors and batch of (share kept - target)^2.  (Rao et al., 2021, DynamicViT, arXiv:2106.02034)
+
+  Args:
+    shares: one (B,) share of the input's tokens for each selector.
+    targets: one number for each.
+  """
+  return sum(jnp.square(s - t).mean() for s, t in zip(shares, targets, strict=True)) / len(shares)
+
+
+def budget(macs: Array, dense: float, target: float) -> Array:
+  """(F / F_dense - target)^2.  (Chen et al., 2023, DiffRate, arXiv:2305.17997)
+
+  The paper squares the gap in GMACs with weight 5; for DeiT-S (4.6 GMACs) that is a weight of 106 here.
+  """
+  return jnp.square(macs / dense - target)
+
+
+def consistency(features: Array, full: Array) -> Array:
+  """Squared distance of the pooled feature to that of a pass with more tokens, which learns nothing from it.
+
+  (Lee et al., 2024, MCTF, arXiv:2403.10030)
+  """
+  return jnp.square(features - jax.lax.stop_gradient(full)).mean()
+
+
+def router(logits: Sequence[Array], chosen: Sequence[Array], free: Sequence[Array]) -> Array:
+  """Binary cross-entropy of each router's logits against its own choice.  (Raposo et al., 2024, arXiv:2404.02258)
+
+  Args:
+    logits: (B, N) for each router.
+    chosen: (B, N) bool, what top-C took.
+    free: (B, N) bool, the tokens that had a choice to be made.
+  """
+  total = 0.0
+  for r, c, f in zip(logits, chosen, free, strict=True):
+    each = optax.sigmoid_binary_cross_entropy(r, c.astype(jnp.float32))
+    total = total + jnp.where(f, each, 0.0).sum() / jnp.maximum(f.sum(), 1)
+  return total / len(logits)
+
+
+def counts(module: ViT, output: Output) -> dict[str, dict[int, Array]]:
+  """Tokens out by site and spot as the forward pass reported them."""
+  return {spot.site: output.aux[f"reduce/{spot.site}/count"] for spot in module.sites.spots}
+
+
+def macs(module: ViT, output: Output) -> Any:
+  """Multiply-adds of the pass, differentiable in learned counts."""
+  s = module.shape
+  return cost.macs(s.sizes(), module.sites.profile(s.width, s.num_heads, counts(module, output)))
+
+
+def dense_macs(module: ViT) -> float:
+  """Multiply-adds of the same model without sites."""
+  s = module.shape
+  return float(cost.macs(s.sizes(), module.clone(sites=type(module.sites)(module.sites.stack)).sites.profile(1, 1)))
+
+
+def terms(
+  config: ConfigDict, module: ViT, output: Output, target: Array, teacher: Output | None, full: Output | None
+) -> dict[str, Array]:
+  """The terms whose weight is not 0, unweighted, by the names of their fields in `config.loss`.
+
+  Args:
+    config: `config.loss`.
+    module: what produced `output`.
+    output: of the student.
+    target: (B, classes) probabilities.
+    teacher: of the dense teacher, where a distillation weight is not 0.
+    full: of the student without its sites, where the consistency weight is not 0.
+  """
+  out = {"cross_entropy": cross_entropy(output.logits, target, config.label_smoothing)}
+  if config.distill_logits:
+    out["distill_logits"] = distill_logits(output.logits, teacher.logits, config.temperature)
+  if config.distill_tokens:
+    out["distill_tokens"] = distill_tokens(output.tokens, teacher.tokens.x)
+  if config.keep_ratio:
+    shares = {spot: output.aux.get(f"reduce/{spot.site}/kept_share", {}).get(spot.index) for spot in module.sites.spots}
+    shares = {spot: share for spot, share in shares.items() if share is not None}
+    out["keep_ratio"] = keep_ratio(list(shares.values()), [spot.share for spot in shares]) if shares else jnp.zeros(())
+  if config.budget:
+    out["budget"] = budget(macs(module, output), dense_macs(module), config.target)
+  if config.consistency:
+    out["consistency"] = consistency(output.features, full.features)
+  if config.router:
+    routers = [spot for spot in module.sites.spots if spot.place == "around"]
+    read = lambda name: [output.aux[f"reduce/{spot.site}/{name}"][spot.index] for spot in routers]  # noqa: E731
+    out["router"] = router(read("score"), read("chosen"), read("free"))
+  return out
+
+
+def total(config: ConfigDict, named: Mapping[str, Array]) -> Array:
+  """Sum of the terms with their weights from `config.loss`."""
+  return sum(config[name] * value for name, value in named.items())

@@ -1,0 +1,161 @@
+"""A model as users hold it: config, module and parameters; building it, and freezing what it has learned."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from tokred import cost, rates
+from tokred.config import complete, nearest
+from tokred.nn import vit
+from tokred.tokens import Array
+
+MODELS = {"vit": vit.make}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """`model(images)` runs it under jit; `model.module` is the Flax module for `init` and `apply`."""
+
+  config: ConfigDict
+  module: vit.ViT
+  params: Any = None
+
+  @property
+  def mode(self) -> str:
+    """ "gather", or "mask" as long as a rate is learned."""
+    return "mask" if any(spot.rate == "learned" for spot in self.module.sites.spots) else "gather"
+
+  @property
+  def counts(self) -> tuple[int, ...]:
+    """Tokens leaving each block; those of a learned rate as they are now."""
+    return self.module.sites.counts() if self.mode == "gather" else freeze(self).counts
+
+  @property
+  def macs(self) -> float:
+    """Multiply-adds of one image: what papers call FLOPs."""
+    return self._price(cost.macs)
+
+  @property
+  def flops(self) -> float:
+    """FLOPs of one image, as XLA counts them."""
+    return self._price(cost.flops)
+
+  def init(self, seed: int | None = None) -> "Model":
+    """With parameters drawn anew; `config.seed` where no seed is given."""
+    return dataclasses.replace(self, params=init(self.module, self.config.seed if seed is None else seed))
+
+  def __call__(self, images: Array) -> vit.Output:
+    """Classifies.
+
+    Args:
+      images: (B, height, width, channels) float32, normalised with `config.data.mean` and `std`.
+
+    Returns:
+      Output; `counts` are ints in gather mode.
+
+    Raises:
+      ValueError: no parameters yet, or images of another shape.
+    """
+    if self.params is None:
+      raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
+    wanted = (*self.config.model.image_size, self.config.model.channels)
+    if np.ndim(images) != 4 or np.shape(images)[1:] != wanted:
+      raise ValueError(f"images of shape {np.shape(images)}; the model takes (batch, {', '.join(map(str, wanted))})")
+    output = forward(self.module, self.mode)(self.params, images)
+    return output.replace(counts=self.module.sites.counts()) if self.mode == "gather" else output
+
+  def _price(self, price: Any) -> float:
+    if self.mode == "mask":
+      return freeze(self)._price(price)
+    s = self.module.shape
+    return float(price(s.sizes(), self.module.sites.profile(s.width, s.num_heads)))
+
+
+@functools.lru_cache(maxsize=32)
+def forward(module: vit.ViT, mode: str) -> Any:
+  """Jitted (params, images) -> Output."""
+  return jax.jit(lambda params, images: module.apply({"params": params}, images, mode=mode))
+
+
+def build(config: Mapping[str, Any] | ConfigDict) -> Model:
+  """The model that a config describes, without parameters.
+
+  Args:
+    config: with the fields of `tokred.config.default()`; those that are missing take their defaults.
+
+  Raises:
+    ValueError: any error in `config.model` or `config.sites`; the message names field, value and what is valid.
+  """
+  config = complete(config)
+  if config.model.name not in MODELS:
+    raise ValueError(f"config.model.name={config.model.name!r} is not a model; {nearest(config.model.name, MODELS)}")
+  return Model(config, MODELS[config.model.name](config.model, config.sites.to_dict()))
+
+
+def without_sites(module: vit.ViT) -> vit.ViT:
+  """The dense module; parameters under `reduce/` mean nothing to it."""
+  return module.clone(sites=type(module.sites)(module.sites.stack))
+
+
+def init(module: vit.ViT, seed: int) -> Any:
+  """Parameters of a module drawn from a seed, as a nested dict of float32 arrays."""
+  s, patch = module.shape, module.shape.patch
+  images = jnp.zeros((1, s.grid[0] * patch, s.grid[1] * patch, s.channels))
+  keys = dict(zip(("params", "reduce", "dropout"), jax.random.split(jax.random.key(seed), 3), strict=True))
+  return module.init(keys, images, mode="mask")["params"]
+
+
+def freeze(model: Model) -> Model:
+  """Learned rates become integers; everything else stays.
+
+  Counts fall monotonically (a later rate cannot bring tokens back), are rounded to a multiple of
+  `config.rates.multiple_of`, and stand in the config as a fixed `keep`.  Logits of rates leave the parameters.
+  A model without learned rates comes back as it is.
+
+  Raises:
+    ValueError: the model has no parameters.
+  """
+  sites = model.module.sites
+  learned = sorted({spot.site for spot in sites.spots if spot.rate == "learned"})
+  if not learned:
+    return model
+  if model.params is None:
+    raise ValueError("freeze needs parameters: call model.init(), or get the model from tokred.load")
+  n, multiple, kept = sites.stack.num_tokens, model.config.rates.multiple_of, {name: [] for name in learned}
+  for spot in sites.spots:
+    if spot.rate == "learned":
+      logits = jnp.asarray(_at(model.params, f"block_{spot.layer}", "reduce", spot.child, "rate", "logits"))
+      count = int(rates.kept_count(logits, spot.candidates)) + spot.protected
+      count = max(round(count / multiple) * multiple, spot.module().fewest(n, spot.protected))
+      n = min(n, count)
+      kept[spot.site].append(n)
+    else:
+      n = min(n, spot.keep)
+  config = model.config.to_dict()
+  for name in learned:
+    site = {k: v for k, v in config["sites"][name].items() if k not in ("rate", "granularity")}
+    slots = len(site["reducer"]) if isinstance(site["reducer"], (tuple, list)) else 1
+    by_slot = tuple(tuple(kept[name][slot::slots]) for slot in range(slots))
+    config["sites"][name] = site | {"keep": by_slot if slots > 1 else by_slot[0]}
+  frozen = build(config)
+  return dataclasses.replace(frozen, params=drop_rates(model.params))
+
+
+def drop_rates(params: Any) -> Any:
+  """The tree without logits of rates, and without the branches that held nothing else."""
+  if not isinstance(params, Mapping):
+    return params
+  kept = {name: drop_rates(value) for name, value in params.items() if not (name == "rate" and "logits" in value)}
+  return {name: value for name, value in kept.items() if not (isinstance(value, Mapping) and not value)}
+
+
+def _at(tree: Any, *path: str) -> Any:
+  for name in path:
+    tree = tree[name]
+  return tree

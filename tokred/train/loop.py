@@ -1,0 +1,308 @@
+"""The training loop: from a config to a run directory.
+
+Order of initialisation, and why: config and data first, for their errors are cheap; then the mesh; then parameters,
+sharded from their first moment; then weights of another run over them; then the optimiser, whose state has the
+parameters' shardings; last the checkpoint of this run, which overwrites all of it.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from tokred import checkpoint, evaluate, loading, sharding
+from tokred import data as tokred_data
+from tokred import sites as tokred_sites
+from tokred.config import complete
+from tokred.model import Model, build, freeze, init, without_sites
+from tokred.train import optim
+from tokred.train.log import MetricLog
+from tokred.train.step import init_state, make_step, transfer
+
+
+class NonFiniteLoss(FloatingPointError):
+  """A term of the loss is no longer a number."""
+
+
+class Stopped(SystemExit):
+  """SIGTERM came; everything is saved."""
+
+
+class Phase:
+  """What is compiled for one config: with learned rates, and from `rates.freeze_step` on another one with integers."""
+
+  def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh, total_steps: int):
+    self.model, self.mesh = build(config), mesh
+    mode = config.train.mode
+    if mode not in ("mask", "gather"):
+      raise ValueError(f"config.train.mode={mode!r} is not a mode; valid: mask, gather")
+    learned = sorted({spot.site for spot in self.module.sites.spots if spot.rate == "learned"})
+    if mode == "gather" and learned:
+      raise ValueError(f"config.train.mode='gather' needs integer counts, but the rate of sites {learned} is learned")
+    if config.loss.budget and not learned and not config.rates.freeze_step:
+      raise ValueError(f"config.loss.budget={config.loss.budget} has nothing to act on: no site has rate='learned'")
+    self.scheduled = {s.site for s in self.module.sites.spots if s.rate == "scheduled"}
+    if mode == "gather" and self.scheduled:
+      raise ValueError(f"config.train.mode='gather' has static counts, but those of {sorted(self.scheduled)} move")
+    self.mode, self.rules = mode, sharding.make_rules(config.mesh)
+    params = jax.eval_shape(lambda: init(self.module, config.seed))
+    self.optimizer, self.schedule = optim.make_optimizer(config.optim, params, total_steps)
+    self.target = sharding.abstract_sharded(self.new_state, params, mesh=mesh, rules=self.rules)
+    self.step = jax.jit(make_step(config, self.module, self.optimizer, mode), donate_argnums=0)
+
+  @property
+  def config(self) -> ConfigDict:
+    return self.model.config
+
+  @property
+  def module(self) -> Any:
+    return self.model.module
+
+  def new_state(self, params: Any) -> dict[str, Any]:
+    return init_state(params, self.optimizer, self.config.optim.ema)
+
+  def keeps(self, step: int) -> dict[str, np.ndarray] | None:
+    """Counts of scheduled sites at a step, an input of the compiled step."""
+    if not self.scheduled:
+      return None
+    counts = tokred_sites.scheduled(self.config.sites.to_dict(), self.module.sites.stack, step)
+    return {name: np.asarray(values, np.int32) for name, values in counts.items()}
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+  """Trains what `config` describes, or goes on where `workdir` was left.
+
+  Args:
+    config: with the fields of `tokred.config.default()`; those that are missing take their defaults.
+    workdir: run directory: config.json, metrics.jsonl, events/, checkpoints/ and, at the end, summary.json.
+
+  Returns:
+    The summary: what `tokred.evaluate` reports of the reduced model in the form that ships, and seconds.
+
+  Raises:
+    ValueError: an error in the config, before anything is compiled, or a run directory of another config.
+    NonFiniteLoss: names the term; the last good checkpoint stays.
+    Stopped: after SIGTERM, when all is saved.
+  """
+  begin, workdir = time.monotonic(), Path(workdir)
+  sharding.initialize_distributed()
+  config = complete(config)
+  total = _num_steps(config)
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch(config.train.batch_size, mesh, config.train.accumulate)
+  phase = Phase(config, mesh, total)
+  checkpoint.check_config(workdir, config)
+  batches, eval_batches = _data(config)
+  checkpoint.write_config(workdir, config)
+  saved = checkpoint.Checkpoints(workdir / checkpoint.FOLDER, config.train.keep_checkpoints)
+  try:
+    step = saved.latest_step()
+    teacher = _teacher(phase)
+    if step is None:
+      step, state = 0, _first_state(phase)
+    else:
+      phase = Phase(_resumed(config, workdir / checkpoint.FOLDER / str(step)), mesh, total)
+      state, data_state = saved.restore(phase.target, step)
+      batches.set_state(data_state)
+    with MetricLog(workdir, step or None) as log:
+      if step:
+        log.message(f"resuming {workdir} at step {step} of {total}")
+      log.start(total, step, config.train.batch_size)
+      run = _Run(phase, saved, log, eval_batches, total)
+      place = sharding.batch_sharding(mesh)
+      stream = tokred_data.to_device(batches, place, config.data.prefetch)
+      phase, state = run.steps(step, state, stream, teacher)
+      result = run.evaluate(state, final=True)
+  finally:
+    saved.close()
+  summary = result | {"step": total, "seed": config.seed, "seconds": round(time.monotonic() - begin, 1)}
+  if jax.process_index() == 0:
+    _write_json(workdir / "summary.json", summary)
+  return summary
+
+
+class _Run:
+  """The loop itself: steps, the freezing of rates, logging, evaluation, checkpoints, signals."""
+
+  def __init__(self, phase: Phase, saved: checkpoint.Checkpoints, log: MetricLog, eval_batches: Any, total: int):
+    self.phase, self.saved, self.log, self.eval_batches, self.total = phase, saved, log, eval_batches, total
+
+  def steps(self, step: int, state: Any, stream: Iterator[tuple[Any, Any]], teacher: Any) -> tuple[Phase, Any]:
+    """Runs to the end.  Metrics of a step are fetched when the next one is under way."""
+    c, last = self.phase.config, None
+    with _on_sigterm() as asked:
+      while step < self.total:
+        if c.rates.freeze_step and step >= c.rates.freeze_step:
+          state = self._freeze(state)
+        batch, data_state = next(stream)
+        state, metrics = self.phase.step(state, batch, self.phase.keeps(step), teacher)
+        step += 1
+        self._report(last)
+        last = (step, metrics)
+        self.log.step(step)
+        if c.train.eval_every and step % c.train.eval_every == 0 and step < self.total:
+          result = self.evaluate(state)
+          self.log.write(step, {name: result[name] for name in ("accuracy", "loss")}, prefix="eval/")
+        if step % c.train.checkpoint_every == 0 or step == self.total or asked():
+          last = self._report(last)  # nothing is saved that is not known to be good
+          self.saved.save(step, state, data_state=data_state, config=self.phase.config, wait=asked())
+        if asked() and step < self.total:
+          self.saved.wait()
+          self.log.message(f"SIGTERM: saved step {step} of {self.total}; the same command goes on from there")
+          raise Stopped(143)
+    return self.phase, state
+
+  def evaluate(self, state: Any, final: bool = False) -> dict[str, Any]:
+    """On the evaluation split: in the form that ships at the end, with whatever compiles less before."""
+    params = state.get("ema", state["params"])
+    model = Model(self.phase.config, self.phase.module, params)
+    model = freeze(model) if final else model
+    result = evaluate.run(model.module, model.params, self.eval_batches, model.mode, self.phase.mesh)
+    if not final:
+      return result
+    counts = list(model.counts)
+    return result | {"counts": counts, "gflops": model.flops / 1e9, "gmacs": model.macs / 1e9}
+
+  def _freeze(self, state: Any) -> Any:
+    """Learned rates become integers, and from here on survivors are gathered."""
+    if self.phase.mode == "gather":
+      return state
+    frozen = freeze(Model(self.phase.config, self.phase.module, state["params"]))
+    config = complete(frozen.config)
+    with config.unlocked():
+      config.train.mode = "gather"
+      config.loss.budget = 0.0
+    self.log.message(f"rates are frozen: tokens leaving each block {frozen.counts}, {frozen.flops / 1e9:.3g} GFLOPs")
+    self.phase = Phase(config, self.phase.mesh, self.total)
+    return transfer(state, self.phase.target)
+
+  def _report(self, last: tuple[int, Any] | None) -> None:
+    """Looks at the metrics of a finished step: stops at a number that is none, writes every `log_every`-th."""
+    if last is None:
+      return
+    step, metrics = last
+    metrics = {name: float(value) for name, value in metrics.items()}
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+    if bad:
+      self.log.write(step, metrics)
+      terms = [
+        name for name, value in metrics.items() if not math.isfinite(value) and name not in ("loss", "grad_norm")
+      ]
+      good = self.saved.latest_step()
+      raise NonFiniteLoss(
+        f"step {step}: {', '.join(terms) or 'only the gradient'} of the loss is not finite "
+        f"(loss={metrics['loss']}, grad_norm={metrics['grad_norm']}); "
+        + ("no checkpoint was written before" if good is None else f"the last good checkpoint is step {good}")
+        + "; lower config.optim.lr or set config.optim.clip_norm"
+      )
+    c = self.phase.config
+    if step % c.train.log_every == 0 or step == self.total:
+      lr = float(self.phase.schedule(step - 1))
+      self.log.write(step, metrics | {"lr": lr} | self.log.speed())
+
+
+def _resumed(config: ConfigDict, folder: Path) -> ConfigDict:
+  """The config of now, with what a checkpoint knows better: sites whose rates were frozen, and what follows."""
+  saved = checkpoint.read_config(folder)
+  if saved.train.mode == config.train.mode:
+    return config
+  config = complete(config)
+  with config.unlocked():
+    config.sites, config.train.mode, config.loss.budget = saved.sites, saved.train.mode, saved.loss.budget
+  return config
+
+
+def _num_steps(config: ConfigDict) -> int:
+  """`train.steps`, or `train.epochs` over the training split."""
+  c = config.train
+  for field in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+    if c[field] < 1:
+      raise ValueError(f"config.train.{field}={c[field]}; valid: 1 or more")
+  if c.steps:
+    return c.steps
+  steps = int(c.epochs * tokred_data.describe(config.data).num_train / c.batch_size)
+  if steps < 1:
+    raise ValueError(f"config.train.epochs={c.epochs} is less than one step of batch_size={c.batch_size}")
+  return steps
+
+
+def _data(config: ConfigDict) -> tuple[Any, Any]:
+  """Batches of this process: endless ones to train on, and those of the evaluation split."""
+  count = jax.process_count()
+  m = config.model
+  common = dict(
+    image_size=m.image_size,
+    channels=m.channels,
+    num_classes=m.num_classes,
+    process_index=jax.process_index(),
+    process_count=count,
+  )
+  train_batches = tokred_data.train_batches(
+    config.data, batch_size=config.train.batch_size // count, seed=config.seed, **common
+  )
+  devices = jax.device_count()
+  size = -(-config.eval.batch_size // devices) * devices // count  # whole examples for every device
+  return train_batches, tokred_data.eval_batches(config.data, config.data.eval_split, batch_size=size, **common)
+
+
+def _first_state(phase: Phase) -> Any:
+  """State at step 0, sharded; weights of `config.init` over what was drawn."""
+  c = phase.config
+  params = sharding.init_sharded(lambda: init(phase.module, c.seed), mesh=phase.mesh, rules=phase.rules)
+  if c.init:
+    params = loading.into(params, loading.read(c.init), f"config.init={c.init}")
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, phase.target)
+  return jax.jit(phase.new_state, out_shardings=shardings)(params)
+
+
+def _teacher(phase: Phase) -> Any:
+  """Parameters of the dense teacher, or None where no term asks for one."""
+  c = phase.config
+  if not (c.loss.distill_logits or c.loss.distill_tokens):
+    return None
+  path = c.teacher or c.init
+  if not path:
+    raise ValueError("config.loss.distill_* needs a teacher: set config.teacher or config.init")
+  dense = without_sites(phase.module)
+  target = sharding.init_sharded(lambda: init(dense, c.seed), mesh=phase.mesh, rules=phase.rules)
+  return loading.into(target, loading.read(path), f"config.teacher={path}")
+
+
+class _on_sigterm:
+  """Within it, SIGTERM only sets a flag; the loop looks at it between steps."""
+
+  def __enter__(self) -> Callable[[], bool]:
+    self.asked = False
+    try:
+      self.before = signal.signal(signal.SIGTERM, self._note)
+    except ValueError:  # not the main thread: somebody else handles signals
+      self.before = None
+    return self._any_asked
+
+  def __exit__(self, *_: Any) -> None:
+    if self.before is not None:
+      signal.signal(signal.SIGTERM, self.before)
+
+  def _note(self, *_: Any) -> None:
+    self.asked = True
+
+  def _any_asked(self) -> bool:
+    if jax.process_count() == 1:
+      return self.asked
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))  # all stop at the same step
+
+
+def _write_json(path: Path, content: Any) -> None:
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(content, indent=2) + "\n")
+  os.replace(temporary, path)

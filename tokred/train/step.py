@@ -1,0 +1,107 @@
+"""One optimiser step: a pure function of state and batch, and the state it acts on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from tokred import losses
+from tokred.model import without_sites
+from tokred.nn.vit import ViT
+from tokred.sharding import path_name
+from tokred.train.optim import ema_update
+
+State = dict[str, Any]  # step, params, opt_state, and ema where it is on
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, ema: float) -> State:
+  """State at step 0."""
+  state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": optimizer.init(params)}
+  return state | ({"ema": params} if ema else {})
+
+
+def make_step(config: ConfigDict, module: ViT, optimizer: optax.GradientTransformation, mode: str) -> Any:
+  """The training step, to be jitted with a donated state.
+
+  Args:
+    config: the whole config; read are `loss`, `train.accumulate`, `optim.ema` and `seed`.
+    module: the student.
+    optimizer: of `tokred.train.optim.make_optimizer`.
+    mode: "mask" or "gather".
+
+  Returns:
+    step(state, batch, keeps, teacher) -> (state, metrics): keeps are counts of scheduled sites or None, teacher the
+    parameters of the dense teacher or None; metrics are float32 scalars, the terms of the loss by their names.
+  """
+  weights, dense = config.loss, without_sites(module)
+
+  def loss(params: Any, batch: dict, rng: jax.Array, keeps: Any, teacher: Any) -> tuple[jax.Array, dict]:
+    streams = dict(zip(("dropout", "reduce", "full"), jax.random.split(rng, 3), strict=True))
+    images, classes = batch["image"], module.shape.num_classes
+    target = batch["target"] if "target" in batch else jax.nn.one_hot(batch["label"], classes)
+    output = module.apply({"params": params}, images, train=True, mode=mode, keeps=keeps, rngs=streams)
+    taught = None if teacher is None else dense.apply({"params": teacher}, images)
+    full = None
+    if weights.consistency:
+      full = dense.apply({"params": params}, images, train=True, rngs={"dropout": streams["full"]})
+    terms = losses.terms(weights, module, output, target, taught, full)
+    right = output.logits.argmax(-1) == target.argmax(-1)
+    metrics = terms | {"accuracy": right.astype(jnp.float32).mean()} | counts_by_layer(module, output.aux)
+    return losses.total(weights, terms), metrics
+
+  def step(state: State, batch: dict, keeps: Mapping[str, Any] | None, teacher: Any) -> tuple[State, dict]:
+    rng = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+    grads, metrics = _accumulate(loss, state["params"], batch, rng, keeps, teacher, config.train.accumulate)
+    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+    new = {
+      "step": state["step"] + 1,
+      "params": optax.apply_updates(state["params"], updates),
+      "opt_state": opt_state,
+    }
+    if "ema" in state:
+      new["ema"] = ema_update(state["ema"], new["params"], config.optim.ema, state["step"])
+    return new, metrics | {"grad_norm": optax.global_norm(grads)}
+
+  return step
+
+
+def counts_by_layer(module: ViT, aux: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Tokens that each spot lets through, by "counts/<site>/<layer>" (and reducer, where the site has several)."""
+  out = {}
+  for spot in module.sites.spots:
+    name = f"counts/{spot.site}/{spot.layer}" + ("" if spot.child == spot.site else f"/{spot.reducer}")
+    out[name] = jnp.asarray(aux[f"reduce/{spot.site}/count"][spot.index], jnp.float32)
+  return out
+
+
+def transfer(state: State, target: Any) -> State:
+  """The leaves of `state` that `target` still has, by name: what is left of it when rates are frozen.
+
+  Args:
+    state: the old state.
+    target: abstract state of the new module; every leaf of it must be in the old one.
+  """
+  old = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+  paths, treedef = jax.tree_util.tree_flatten_with_path(target)
+  return treedef.unflatten([old[path_name(path)] for path, _ in paths])
+
+
+def _accumulate(loss: Any, params: Any, batch: dict, rng: Any, keeps: Any, teacher: Any, pieces: int) -> Any:
+  """Mean gradient and metrics over `pieces` micro-batches; each device splits its own examples."""
+  grad = jax.value_and_grad(loss, has_aux=True)
+  if pieces == 1:
+    (value, metrics), grads = grad(params, batch, rng, keeps, teacher)
+    return grads, {"loss": value} | metrics
+  split = jax.tree.map(lambda a: a.reshape(a.shape[0] // pieces, pieces, *a.shape[1:]).swapaxes(0, 1), batch)
+
+  def add(total: Any, piece: Any) -> tuple[Any, None]:
+    (value, metrics), grads = grad(params, piece[0], piece[1], keeps, teacher)
+    return jax.tree.map(lambda t, g: t + g / pieces, total, (grads, {"loss": value} | metrics)), None
+
+  pieces_rng = jax.random.split(rng, pieces)
+  first = jax.eval_shape(grad, params, jax.tree.map(lambda a: a[0], split), rng, keeps, teacher)
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (first[1], {"loss": first[0][0]} | first[0][1]))
+  return jax.lax.scan(add, zeros, (split, pieces_rng))[0]
