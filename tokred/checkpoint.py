@@ -102,7 +102,7 @@ class Checkpoints:
   ) -> None:
     """Saves in the background; returns when the state is copied, so that its buffers may be donated.
 
-    First waits for the save before, and raises the error that it may have met. A step that exists is left as it is.
+    First waits for the save before, and raises the error that it may have met. A step that is there is left as it is.
 
     Args:
       step: of the optimiser.
@@ -117,7 +117,9 @@ class Checkpoints:
     """
     self.wait()
     if step in steps(self.directory):
-      return
+      if (self.directory / str(step) / MANIFEST).is_file():
+        return
+      self._manager.delete(step)  # the rest of an interrupted deletion, met again after going back to an older step
     processes = _gather(json.dumps(dict(data_state)))
     plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     items = ocp.args.Composite(
@@ -215,20 +217,23 @@ def steps(directory: str | os.PathLike) -> list[int]:
   return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
-def restore_params(path: str | os.PathLike, name: str = "params", step: int | None = None) -> Any:
+def restore_params(
+  path: str | os.PathLike, name: str = "params", step: int | None = None, target: Any = None
+) -> dict[str, Any]:
   """One part of a saved state, without the code or the optimiser that made it.
 
   Args:
     path: run directory, its folder of checkpoints, or the folder of one step.
     name: the part: `params`, `ema`, ...
     step: where `path` holds several; the latest by default.
+    target: tree of `jax.ShapeDtypeStruct` with shardings: the part is read straight onto these devices.
 
   Returns:
-    Nested dict of numpy arrays.
+    Nested dict of numpy arrays, or of jax arrays as in `target`.
 
   Raises:
     FileNotFoundError: there is no checkpoint.
-    CheckpointError: the checkpoint is damaged, or has no such part.
+    CheckpointError: the checkpoint is damaged, has no such part, or holds other arrays than `target`.
   """
   _quieten_orbax()
   folder = _step_folder(Path(path).absolute(), step)
@@ -237,12 +242,11 @@ def restore_params(path: str | os.PathLike, name: str = "params", step: int | No
   if not jax.tree.leaves(tree.get(name)):
     parts = ", ".join(sorted(part for part, value in tree.items() if jax.tree.leaves(value)))
     raise CheckpointError(f"{folder} has no {name!r}; it has: {parts}")
-  item = {name: tree[name]}
-  args = ocp.args.PyTreeRestore(
-    item,
-    restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item),
-    partial_restore=True,
-  )
+  if target is None:
+    target = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), tree[name])  # no memory
+  _compare(folder, _leaves({name: tree[name]}), _leaves({name: target}))
+  item = {name: target}
+  args = ocp.args.PyTreeRestore(item, restore_args=jax.tree.map(_restore_arg, item), partial_restore=True)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     return checkpointer.restore(folder / "state", args=args)[name]
 
@@ -466,7 +470,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-  """Orbax logs a page for each save, and tracebacks of what it raises too: leaves its warnings, and errors as a line."""
+  """Orbax logs a page for each save, and tracebacks of what it raises: leaves warnings, and errors as one line."""
   if f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname:
     return True
   record.exc_info = None

@@ -85,7 +85,8 @@ def test_random_resized_crop_of_extreme_shapes(size):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_randaugment_operations(channels):
-  image = image_of(channels) // 2 + 20  # not the full range, so that autocontrast and equalising do something
+  # Not the full range, and more than 255 pixels, so that autocontrast and PIL's equalising do something.
+  image = (np.random.default_rng(0).integers(0, 12, (40, 32, channels)) ** 2 + 20).astype(np.uint8)
   picture = Image.fromarray(image[..., 0] if channels == 1 else image)
   assert len(augment.OPERATIONS) == 14
   without_magnitude = (1, 2)  # autocontrast, equalise

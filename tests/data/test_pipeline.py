@@ -2,6 +2,11 @@
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -140,24 +145,53 @@ def test_resume(num_workers):
   assert second.get_state() == state
   assert_same(take(second, 2), going_on)
   assert_same(before + going_on, whole[:5])  # and the number of workers does not matter
-  first.set_state(state)  # back, in the middle of its way
-  assert_same(take(first, 4), whole[3:])
+  if not num_workers:  # to start workers takes seconds
+    first.set_state(state)  # back, in the middle of its way
+    assert_same(take(first, 4), whole[3:])
   first.close()
   second.close()
 
 
 @needs_tfds
 def test_workers_read_files():
-  fields = dict(name="fashion_mnist", data_dir=str(TFDS_DIR), train_split="train[:200]", in_memory=False, flip=True)
-  model = dict(image_size=(28, 28), channels=1, num_classes=10, batch_size=8, seed=0)
-  here = take(data.train_batches(settings(**fields), **model), 3)
-  workers = data.train_batches(settings(**fields, num_workers=2), **model)
-  assert_same(take(workers, 3), here)
-  workers.close()
-  model.pop("seed")
-  evaluation = data.eval_batches(settings(**fields, num_workers=2), "test[:20]", **model)
-  wanted = data.eval_batches(settings(**fields), "test[:20]", **model)
-  assert_same(list(evaluation), list(wanted))
+  fields = dict(name="fashion_mnist", data_dir=str(TFDS_DIR), in_memory=False)
+  model = dict(image_size=(28, 28), channels=1, num_classes=10, batch_size=8)
+  with_workers = data.eval_batches(settings(**fields, num_workers=2), "test[:20]", **model)
+  assert_same(list(with_workers), list(data.eval_batches(settings(**fields), "test[:20]", **model)))
+
+
+def running(pid):
+  try:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+  except FileNotFoundError:
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the state of processes in /proc")
+def test_workers_end_with_a_killed_parent():
+  code = """
+import multiprocessing, time
+from tokred import config, data
+chosen = config.default().data
+chosen.num_workers = 1
+batches = data.train_batches(chosen, image_size=(8, 8), channels=1, num_classes=10, batch_size=4, seed=0)
+next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(60)
+"""
+  parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+  workers = [int(pid) for pid in parent.stdout.readline().split()]
+  assert len(workers) == 1 and running(workers[0])
+  os.kill(workers[0], signal.SIGTERM)  # as a scheduler does; only the parent decides
+  time.sleep(0.2)
+  assert running(workers[0])
+  parent.kill()
+  parent.wait()
+  parent.stdout.close()
+  deadline = time.monotonic() + 10
+  while running(workers[0]) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not running(workers[0])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,11 @@ share it. grain runs that function ahead, in a thread or in worker processes.
 
 import collections
 import dataclasses
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -242,4 +246,22 @@ def _run_ahead(batch_at: Callable[[int], Batch], start: int, stop: int, num_work
   if not flags.FLAGS.is_parsed():  # grain hands absl's flags to its workers, and jax has defined some
     flags.FLAGS.mark_as_parsed()
   in_worker = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-  return iter(in_worker.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)))
+  options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
+  return iter(in_worker.mp_prefetch(options, worker_init_fn=_belong_to_parent))
+
+
+def _belong_to_parent(worker_index: int, worker_count: int) -> None:
+  """Lets the parent alone decide when a worker ends; runs at the start of each.
+
+  Schedulers and terminals signal all processes at once, and a run that saves on SIGTERM may need one more batch; while
+  after a SIGKILL of the parent grain's workers would wait for it forever.
+  """
+  del worker_index, worker_count
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+
+  def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=end_with_parent, daemon=True).start()
