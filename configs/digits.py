@@ -29,6 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   if args.runlocal:
     config.train.update(dict(steps=2, batch_size=8, log_every=1, checkpoint_every=2))
     config.optim.warmup_steps = 1
+    config.loss.distill_logits = 0.0  # there is no teacher
     config.rates.freeze_step = min(config.rates.freeze_step, 1)
     config.eval.batch_size = 64
   return config

@@ -45,8 +45,10 @@ def min_st(arriving: Any, counts: Sequence[Any]) -> Any:
   Thus a rate sees the cost of what comes right after it, and is pushed also where another one binds (DiffRate, as
   its authors compute it).
   """
+  if not counts:
+    return arriving
   if all(isinstance(n, (int, float)) for n in (arriving, *counts)):
-    return min(arriving, *counts) if counts else arriving
+    return min(arriving, *counts)
   smallest = jnp.min(jnp.stack([jnp.asarray(n, jnp.float32) for n in (arriving, *counts)]))
   return straight_through(smallest, sum(jnp.asarray(n, jnp.float32) for n in counts))
 

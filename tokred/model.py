@@ -57,17 +57,24 @@ class Model:
       images: (B, height, width, channels) float32, normalised with `config.data.mean` and `std`.
 
     Returns:
-      Output; `counts` are ints in gather mode.
+      Output without `aux`, which `inspect` has; `counts` are ints in gather mode.
 
     Raises:
       ValueError: no parameters yet, or images of another shape.
     """
+    return self._run(images, False)
+
+  def inspect(self, images: Array) -> vit.Output:
+    """The same with all that reducers report and the source map after each block, in `aux`."""
+    return self._run(images, True)
+
+  def _run(self, images: Array, report: bool) -> vit.Output:
     if self.params is None:
       raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
     wanted = (*self.config.model.image_size, self.config.model.channels)
     if np.ndim(images) != 4 or np.shape(images)[1:] != wanted:
       raise ValueError(f"images of shape {np.shape(images)}; the model takes (batch, {', '.join(map(str, wanted))})")
-    output = forward(self.module, self.mode)(self.params, images)
+    output = forward(self.module, self.mode, report)(self.params, images)
     return output.replace(counts=self.module.sites.counts()) if self.mode == "gather" else output
 
   def _price(self, price: Any) -> float:
@@ -78,9 +85,14 @@ class Model:
 
 
 @functools.lru_cache(maxsize=32)
-def forward(module: vit.ViT, mode: str) -> Any:
-  """Jitted (params, images) -> Output."""
-  return jax.jit(lambda params, images: module.apply({"params": params}, images, mode=mode))
+def forward(module: vit.ViT, mode: str, report: bool = False) -> Any:
+  """Jitted (params, images) -> Output, with an empty `aux` where no report is asked for."""
+
+  def run(params: Any, images: Array) -> vit.Output:
+    output = module.apply({"params": params}, images, mode=mode)
+    return output if report else output.replace(aux={})
+
+  return jax.jit(run)
 
 
 def build(config: Mapping[str, Any] | ConfigDict) -> Model:

@@ -135,8 +135,9 @@ def fold(tokens: Tokens, plan: Plan, *, survival: Array | None = None, form: str
   """
   rank = inverse(plan.order)
   kept = plan.gate
-  if survival is not None:
-    kept = straight_through(kept, survival[rank])
+  if survival is not None:  # beside the gradient that the gate has already
+    learned = jnp.issubdtype(kept.dtype, jnp.floating)
+    kept = straight_through(kept, survival[rank] + kept if learned else survival[rank])
   soft = jnp.issubdtype(tokens.mask.dtype, jnp.floating) or jnp.issubdtype(kept.dtype, jnp.floating)
   mask = tokens.mask.astype(jnp.float32) * kept.astype(jnp.float32) if soft else tokens.mask & kept
   if not soft:  # nothing learns from the dead: they are silenced, and may have been garbage
@@ -173,8 +174,11 @@ def compact(tokens: Tokens, plan: Plan, k: int, *, form: str | None = None) -> T
     merge = jax.nn.one_hot(target, k, axis=1, dtype=x.dtype)  # (B, K, gone): only the tokens that go are multiplied
     weight = take(plan.weight, gone)[:, None].astype(x.dtype)
     x = x * take(plan.weight, kept)[..., None].astype(x.dtype)
-    x = x + jnp.einsum("bkn,bnd->bkd", merge * weight, take(tokens.x, gone, form), precision="highest")
-    size = size + jnp.einsum("bkn,bn->bk", merge.astype(jnp.float32), take(tokens.size, gone), precision="highest")
+    # A zero does not silence the garbage that a dead token may hold.
+    gone_x = jnp.where(target[..., None] >= 0, take(tokens.x, gone, form), 0)
+    gone_size = jnp.where(target >= 0, take(tokens.size, gone), 0.0)
+    x = x + jnp.einsum("bkn,bnd->bkd", merge * weight, gone_x, precision="highest")
+    size = size + jnp.einsum("bkn,bn->bk", merge.astype(jnp.float32), gone_size, precision="highest")
   mask = tokens.alive & (plan.gate > 0)
   rest = (mask, tokens.position, tokens.protected, tokens.feats)
   mask, position, protected, feats = jax.tree.map(lambda leaf: take(leaf, kept, form), rest)

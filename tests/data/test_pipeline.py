@@ -366,8 +366,8 @@ def test_to_device_with_a_sharding():
     ("prefetch", -1, "0 or more"),
     ("bad_images", "ignore", "error, skip"),
     ("std", (0.5, 0.0, 0.5), "above 0"),
-    ("mean", (0.1, 0.2, 0.3), "1 or 1 numbers, as config.model.channels says"),
-    ("std", (0.1, 0.2), "1 or 1 numbers, as config.model.channels says"),
+    ("mean", (0.1, 0.2, 0.3), "one number for all channels, or config.model.channels=1"),
+    ("std", (0.1, 0.2), "one number for all channels, or config.model.channels=1"),
   ],
 )
 def test_field_errors(field, value, valid):

@@ -114,7 +114,8 @@ def mix(
 
   One of the two is drawn where both are on. Mixup (Zhang et al., 2017, arXiv:1710.09412) averages the images; CutMix
   (Yun et al., 2019, arXiv:1905.04899) takes one rectangle from the neighbour. Neighbours, and not a permutation of the
-  batch, because then a pair is on one process however many there are: the order is random anyway.
+  batch, because then a pair is on one process however many there are (if their shares are even): the order is random
+  anyway.
 
   Args:
     image: float32 (batch, height, width, channels); an odd last image is paired with the first.

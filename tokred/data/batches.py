@@ -29,7 +29,9 @@ def mean_std(config_data: ConfigDict, channels: int) -> tuple[np.ndarray, np.nda
     if len(value) != channels and len(set(value)) == 1:
       value = value[:1] * channels
     if len(value) != channels:
-      raise ValueError(f"config.data.{field}={value!r}; valid: 1 or {channels} numbers, as config.model.channels says")
+      raise ValueError(
+        f"config.data.{field}={value!r}; valid: one number for all channels, or config.model.channels={channels}"
+      )
     fields.append(np.array(value, np.float32))
   return fields[0], fields[1]
 

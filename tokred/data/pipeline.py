@@ -3,7 +3,8 @@
 A batch is a pure function of the config and its number: the examples at the places [number * global batch, ...) of
 an endless order, each changed by a generator made from (seed, place). So the position in the data is one integer,
 whatever the number of workers; any batch can be made again; and the global batch is the same however many processes
-share it. grain runs that function ahead, in a thread or in worker processes.
+share it (with mixup or cutmix, if their shares are even). grain runs that function ahead, in a thread or in worker
+processes.
 """
 
 import collections

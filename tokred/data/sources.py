@@ -226,7 +226,7 @@ def _suggest(name: str, data_dir: str) -> str:
   import tensorflow_datasets as tfds
 
   own = ["digits", "image_folder"]
-  local = [entry.name for entry in Path(data_dir).expanduser().glob("*/") if data_dir] if data_dir else []
+  local = [entry.name for entry in Path(data_dir).expanduser().glob("*/")] if data_dir else []
   known = [*own, *local, *tfds.list_builders(with_community_datasets=False)]
   close = difflib.get_close_matches(name, known, n=1)
   valid = ", ".join(dict.fromkeys([*own, *sorted(local)]))

@@ -38,7 +38,7 @@ class Output:
   counts: Any  # tokens leaving each block: ints in gather mode, else means over the batch, float32
   tokens: Tokens  # after the final norm
   features: Array  # (B, D) float32, what the head reads
-  aux: dict[str, Any]  # "reduce/<site>/<name>": what a site's spots report, by their index
+  aux: dict[str, Any]  # "reduce/<site>/<name>": what its spots report, by their index; "owner/<layer>": (B, S) int32
 
 
 class Shape(struct.PyTreeNode):
@@ -259,6 +259,7 @@ class ViT(nn.Module):
     for layer in range(s.depth):
       tokens, report = layer_type(c, s, self.sites, layer, name=f"block_{layer}")(tokens, keeps, train, mode)
       aux = _extend(aux, report)
+      aux[f"owner/{layer}"] = tokens.owner
       counts.append(tokens.x.shape[1] if mode == "gather" else tokens.mask.astype(jnp.float32).sum(1).mean())
     tokens, report = Reduce(self.sites.at(-1, "output"), name="reduce")(tokens, "output", keeps, train=train, mode=mode)
     tokens = tokens.replace(x=nn.LayerNorm(epsilon=1e-6, dtype=dtype, name="norm")(tokens.x), feats={})

@@ -49,6 +49,9 @@ class Phase:
       raise ValueError(f"config.train.mode='gather' needs integer counts, but the rate of sites {learned} is learned")
     if config.loss.budget and not learned and not config.rates.freeze_step:
       raise ValueError(f"config.loss.budget={config.loss.budget} has nothing to act on: no site has rate='learned'")
+    teaches = [name for name in ("distill_logits", "distill_tokens") if config.loss[name]]
+    if teaches and not (config.teacher or config.init):
+      raise ValueError(f"config.loss.{teaches[0]}={config.loss[teaches[0]]} needs config.teacher or config.init")
     self.scheduled = {s.site for s in self.module.sites.spots if s.rate == "scheduled"}
     if mode == "gather" and self.scheduled:
       raise ValueError(f"config.train.mode='gather' has static counts, but those of {sorted(self.scheduled)} move")
@@ -122,6 +125,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
       phase, state = run.steps(step, state, stream, teacher)
       result = run.evaluate(state, final=True)
   finally:
+    batches.close()
     saved.close()
   summary = result | {"step": total, "seed": config.seed, "seconds": round(time.monotonic() - begin, 1)}
   if jax.process_index() == 0:
@@ -269,8 +273,6 @@ def _teacher(phase: Phase) -> Any:
   if not (c.loss.distill_logits or c.loss.distill_tokens):
     return None
   path = c.teacher or c.init
-  if not path:
-    raise ValueError("config.loss.distill_* needs a teacher: set config.teacher or config.init")
   dense = without_sites(phase.module)
   target = sharding.init_sharded(lambda: init(dense, c.seed), mesh=phase.mesh, rules=phase.rules)
   return loading.into(target, loading.read(path), f"config.teacher={path}")

@@ -1,0 +1,69 @@
+"""A ViT on any data set that TFDS knows, or on a folder of images; with learned keep-rates on request.
+
+The dense model, then half its FLOPs from it (`dataset=cifar10`, or `dataset=image_folder` with --config.data.data_dir
+of a folder with one sub-folder a class, changes nothing else):
+
+  python train.py --config=configs/vit.py:dataset=fashion_mnist --workdir=runs/fashion_dense
+  python train.py --config=configs/vit.py:dataset=fashion_mnist,learned --workdir=runs/fashion \
+    --config.init=runs/fashion_dense
+
+Structural arguments: dataset, variant (size/patch), image_size (pixels, square), classes, learned, runlocal.
+Not run to the end yet: no accuracy is claimed here.
+"""
+
+from ml_collections import ConfigDict
+
+from tokred.config import arguments, default
+
+# image size, channels, classes, patch, mean, std, flip
+DATASETS = {
+  "fashion_mnist": (28, 1, 10, 4, (0.286,), (0.353,), False),
+  "cifar10": (32, 3, 10, 4, (0.491, 0.482, 0.447), (0.247, 0.243, 0.262), True),
+  "image_folder": (64, 3, 2, 8, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  args = arguments(
+    arg, dataset="fashion_mnist", variant="", image_size=0, classes=0, data_dir="", learned=False, runlocal=False
+  )
+  size, channels, classes, patch, mean, std, flip = DATASETS.get(args.dataset, DATASETS["image_folder"])
+  size, classes = args.image_size or size, args.classes or classes
+  config = default()
+  config.model.update(
+    dict(
+      variant=args.variant or f"Ti/{patch}",
+      depth=0 if args.variant else 6,  # a third of the training time at these sizes
+      image_size=(size, size),
+      channels=channels,
+      num_classes=classes,
+      drop_path=0.1,
+    )
+  )
+  config.data.update(dict(name=args.dataset, data_dir=args.data_dir, mean=mean, std=std, flip=flip))
+  config.data.update(dict(pad_crop=size // 14, mixup=0.2))
+  config.train.update(dict(batch_size=128, epochs=30.0, checkpoint_every=500, log_every=50))
+  config.optim.update(dict(lr=1e-3, warmup_steps=500))
+  config.loss.label_smoothing = 0.1
+  if args.learned:
+    layers = tuple(range(1, config.model.depth or 12))
+    config.sites.rates = dict(reducer=("topk", "diffrate_merge"), layers=layers, rate="learned")
+    config.train.epochs = 8.0
+    config.rates.freeze_step = 500
+    config.optim.update(dict(lr=1e-4, warmup_steps=50, multipliers=((r".*/rate/.*", 100.0),)))
+    config.loss.update(dict(budget=20.0, target=0.5, distill_logits=0.5))
+  if args.runlocal:
+    config.data.in_memory = False
+    config.data.train_split, config.data.eval_split = (
+      f"{config.data.train_split}[:64]",
+      f"{config.data.eval_split}[:16]",
+    )
+    config.model.update(dict(width=32, depth=3, mlp_dim=64, num_heads=2))
+    if args.learned:
+      config.sites.rates.layers = (1, 2)
+    config.train.update(dict(steps=2, batch_size=8, log_every=1, checkpoint_every=2))
+    config.optim.warmup_steps = 1
+    config.loss.distill_logits = 0.0  # there is no teacher
+    config.rates.freeze_step = min(config.rates.freeze_step, 1)
+    config.eval.batch_size = 16
+  return config
