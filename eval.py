@@ -3,7 +3,7 @@
 import json
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, or export.")
 _SPLIT = flags.DEFINE_string("split", None, "In TFDS's split syntax; config.data.eval_split where not given.")
@@ -14,6 +14,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "config.eval.batch_size w
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     sys.exit(f"eval.py: unexpected argument {argv[1]!r}; flags begin with --")
+  logging.set_verbosity(logging.WARNING)  # else JAX tells of every backend that this machine does not have
   import tokred
   from tokred.evaluate import evaluate
 
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
         model.config.data.data_dir = _DATA_DIR.value
     result = evaluate(model, _SPLIT.value, _BATCH_SIZE.value)
   except (ValueError, OSError) as error:
-    sys.exit(f"eval.py: {error}")
+    sys.exit(f"eval.py: {' '.join(str(error).split())}")
   print(json.dumps(result))
 
 

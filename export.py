@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 
-from absl import app, flags
+from absl import app, flags, logging
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
@@ -16,6 +16,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Of the StableHLO functio
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     sys.exit(f"export.py: unexpected argument {argv[1]!r}; flags begin with --")
+  logging.set_verbosity(logging.WARNING)  # else JAX tells of every backend that this machine does not have
   import numpy as np
 
   import tokred
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
     trained = tokred.load(_WORKDIR.value)
     model = tokred.export.save(trained, _OUTPUT.value, _FORMATS.value, batch_size=_BATCH_SIZE.value)
   except (ValueError, OSError) as error:
-    sys.exit(f"export.py: {error}")
+    sys.exit(f"export.py: {' '.join(str(error).split())}")
   m = model.config.model
   shape = (_BATCH_SIZE.value or 8, *m.image_size, m.channels)
   images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)

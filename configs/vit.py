@@ -7,8 +7,8 @@ of a folder with one sub-folder a class, changes nothing else):
   python train.py --config=configs/vit.py:dataset=fashion_mnist,learned --workdir=runs/fashion \
     --config.init=runs/fashion_dense
 
-Structural arguments: dataset, variant (size/patch), image_size (pixels, square), classes, learned, runlocal.
-Not run to the end yet: no accuracy is claimed here.
+Structural arguments: dataset, variant (size/patch, such as S/16; a size for laptops where it is not given), image_size
+(pixels, square), classes, data_dir, learned, runlocal.
 """
 
 from ml_collections import ConfigDict
@@ -30,27 +30,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
   size, channels, classes, patch, mean, std, flip = DATASETS.get(args.dataset, DATASETS["image_folder"])
   size, classes = args.image_size or size, args.classes or classes
   config = default()
-  config.model.update(
-    dict(
-      variant=args.variant or f"Ti/{patch}",
-      depth=0 if args.variant else 6,  # a third of the training time at these sizes
-      image_size=(size, size),
-      channels=channels,
-      num_classes=classes,
-      drop_path=0.1,
-    )
-  )
+  config.model.update(dict(variant=args.variant or f"mu/{patch}", image_size=(size, size), channels=channels))
+  config.model.update(dict(num_classes=classes, position="sincos2d", drop_path=0.1 if args.variant else 0.0))
+  if not args.variant:
+    config.model.update(dict(width=64, depth=6, num_heads=2))
   config.data.update(dict(name=args.dataset, data_dir=args.data_dir, mean=mean, std=std, flip=flip))
-  config.data.update(dict(pad_crop=size // 14, mixup=0.2))
-  config.train.update(dict(batch_size=128, epochs=30.0, checkpoint_every=500, log_every=50))
-  config.optim.update(dict(lr=1e-3, warmup_steps=500))
+  config.data.update(dict(pad_crop=size // 14))
+  config.train.update(dict(batch_size=128, epochs=10.0, checkpoint_every=500, log_every=50))
+  config.optim.update(dict(lr=1.5e-3, warmup_steps=200))
   config.loss.label_smoothing = 0.1
   if args.learned:
     layers = tuple(range(1, config.model.depth or 12))
     config.sites.rates = dict(reducer=("topk", "diffrate_merge"), layers=layers, rate="learned")
-    config.train.epochs = 8.0
-    config.rates.freeze_step = 500
-    config.optim.update(dict(lr=1e-4, warmup_steps=50, multipliers=((r".*/rate/.*", 100.0),)))
+    config.train.epochs = 4.0
+    config.rates.freeze_step = 300
+    config.optim.update(dict(lr=3e-4, warmup_steps=20, multipliers=((r".*/rate/.*", 100.0),)))
     config.loss.update(dict(budget=20.0, target=0.5, distill_logits=0.5))
   if args.runlocal:
     config.data.in_memory = False

@@ -5,7 +5,6 @@ Everything lands in `runs/demo`; an interrupted demo goes on where it stopped.
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,7 +34,7 @@ def run(dense_config: ConfigDict, learned_config: ConfigDict, workdir: Path) -> 
   dense, trained = loading.load(workdir / "dense"), loading.load(workdir / "reduced")
   reduced = export.save(trained, workdir / "exported")
   images, labels = _examples(reduced)
-  difference = _reload(workdir, images, np.asarray(trained(images).logits))
+  difference = export.verify(workdir / "exported", images, np.asarray(trained(images).logits))
 
   print("4/4  accuracy and speed", flush=True)
   (row,) = bench.compare(reduced, dense, (64,), rounds=15)
@@ -90,15 +89,6 @@ def _examples(model: Model, number: int = 64) -> tuple[np.ndarray, np.ndarray]:
   )
   batch = next(iter(batches))
   return batch["image"][batch["mask"]], batch["label"][batch["mask"]]
-
-
-def _reload(workdir: Path, images: np.ndarray, logits: np.ndarray) -> dict[str, float]:
-  """Largest difference from the trained logits, by format, computed in a fresh process."""
-  recorded = workdir / "logits.npz"
-  np.savez(recorded, images=images, logits=logits)
-  command = [sys.executable, "-m", "tokred.export", str(workdir / "exported"), str(recorded)]
-  done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-  return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """What a trained model leaves behind: a folder with everything that running it needs, checked when it is read.
 
     exported/
-      tokred.json       format version, config, counts, cost
+      tokred.json       format version, frozen config and the one it came from, counts, cost, accuracy
       manifest.json     size and SHA-256 of every file
       params/           the parameters (orbax)
       model.stablehlo   the whole model as a function of images, weights included (jax.export)
@@ -13,7 +13,9 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from tokred.model import Model, build, freeze
 CARD = "tokred.json"
 VERSION = 1  # of the folder's layout
 FORMATS = ("orbax", "stablehlo")
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+PARAMS, FUNCTION = "params", "model.stablehlo"
 
 
 class ExportError(ValueError):
@@ -46,6 +50,7 @@ def save(
   *,
   batch_size: int | None = None,
   platforms: Sequence[str] | None = None,
+  accuracy: float | None = None,
 ) -> Model:
   """Writes a model; learned rates are frozen first.
 
@@ -54,49 +59,64 @@ def save(
     directory: must not exist, or be an export, which is replaced.
     formats: any of "orbax" (parameters and config) and "stablehlo".
     batch_size: of the StableHLO function; None: any (a symbolic dimension).
-    platforms: that the StableHLO function shall run on, of "cpu", "cuda", "tpu"; None: this one.
+    platforms: that the StableHLO function shall run on, of "cpu", "cuda", "rocm", "tpu"; None: this one.
+    accuracy: of the frozen model, for the card.
 
   Returns:
     The frozen model, as it was written.
 
   Raises:
-    ValueError: an unknown format, no parameters, or a directory that holds something else.
+    ValueError: an unknown format or platform, no parameters, or a directory that holds something else.
+    ExportError: the directory cannot be written; what was there before is still there.
   """
-  for name in formats:
-    if name not in FORMATS:
-      raise ValueError(f"formats has {name!r}; {nearest(name, FORMATS)}")
-  model, directory = freeze(model), Path(directory).absolute()
+  for field, names, valid in (("formats", formats, FORMATS), ("platforms", platforms or PLATFORMS, PLATFORMS)):
+    if isinstance(names, str) or not names:
+      raise ValueError(f"{field}={names!r} must be a list of names; valid: {', '.join(valid)}")
+    for name in names:
+      if name not in valid:
+        raise ValueError(f"{field} has {name!r}; {nearest(name, valid)}")
+  if batch_size is not None and batch_size < 1:
+    raise ValueError(f"batch_size={batch_size}; valid: 1 or more, or None for any")
+  source, model, directory = model.config, freeze(model), Path(directory).absolute()
   if model.params is None:
     raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
-  if directory.exists() and not (directory / CARD).exists() and (not directory.is_dir() or any(directory.iterdir())):
-    raise ValueError(f"{directory} exists and is no export; choose another folder")
+  _check_replaceable(directory)
   params = jax.tree.map(np.asarray, model.params)
+  function = _stablehlo(model, params, batch_size, platforms) if "stablehlo" in formats else None
+  card = {
+    "version": VERSION,
+    "tokred": tokred.__version__,
+    "formats": list(formats),
+    "counts": list(model.counts),
+    "gflops": model.flops / 1e9,
+    "gmacs": model.macs / 1e9,
+    "accuracy": accuracy,
+    "config": model.config.to_dict(),
+    "source_config": source.to_dict(),
+  }
   temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-  shutil.rmtree(temporary, ignore_errors=True)
+  replaced = temporary.with_suffix(".old")
   try:
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     if "orbax" in formats:
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(temporary / "params", args=ocp.args.PyTreeSave(params))
-    if "stablehlo" in formats:
-      (temporary / "model.stablehlo").write_bytes(_stablehlo(model, params, batch_size, platforms))
-    card = {
-      "version": VERSION,
-      "tokred": tokred.__version__,
-      "formats": list(formats),
-      "config": model.config.to_dict(),
-      "counts": list(model.counts),
-      "gflops": model.flops / 1e9,
-      "gmacs": model.macs / 1e9,
-    }
+        checkpointer.save(temporary / PARAMS, args=ocp.args.PyTreeSave(params))
+    if function is not None:
+      (temporary / FUNCTION).write_bytes(function)
     (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n")
     checkpoint.write_manifest(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+      os.replace(directory, replaced)
     os.replace(temporary, directory)
-  except OSError as error:
-    raise ExportError(f"{directory} cannot be written: {error.strerror or error}") from error
+  except Exception as error:  # a full disk is an OSError of ours, and of other types within orbax
+    if replaced.exists() and not directory.exists():
+      os.replace(replaced, directory)
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+    raise ExportError(f"{directory} cannot be written: {reason}") from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
   return model
 
 
@@ -112,13 +132,13 @@ def read_card(directory: str | os.PathLike[str], part: str | None = None) -> dic
     raise FileNotFoundError(f"{directory} is no export: it has no {CARD}")
   try:
     card = json.loads((directory / CARD).read_text())
-    version, formats = card["version"], card["formats"]
-  except (ValueError, KeyError, TypeError) as error:
+    version, formats = int(card["version"]), list(card["formats"])
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise ExportError(f"{directory / CARD} is damaged ({error}); export the model again") from error
   if version > VERSION:
     raise ExportError(f"{directory} has layout {version}, this tokred reads up to {VERSION}; upgrade tokred")
   if part is not None and part not in formats:
-    raise ExportError(f"{directory} holds no {part!r}; it holds: {', '.join(formats)}")
+    raise ExportError(f"{directory} holds no {part!r}; it holds: {', '.join(map(str, formats))}")
   damage = checkpoint.find_damage(directory)
   if damage:
     raise ExportError(f"{directory} is damaged: {damage}; export the model again")
@@ -133,7 +153,7 @@ def read_config(directory: str | os.PathLike[str]) -> ConfigDict:
 def read_params(directory: str | os.PathLike[str]) -> Any:
   """Parameters of an export as a nested dict of numpy arrays."""
   read_card(directory, "orbax")
-  folder = Path(directory).absolute() / "params"
+  folder = Path(directory).absolute() / PARAMS
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     return jax.tree.map(np.asarray, checkpointer.restore(folder))
 
@@ -147,7 +167,7 @@ def load(directory: str | os.PathLike[str]) -> Model:
 def load_stablehlo(directory: str | os.PathLike[str]) -> Callable[[Any], jax.Array]:
   """The exported function: images (B, height, width, channels) float32 to logits (B, classes) float32."""
   read_card(directory, "stablehlo")
-  return jax.jit(jax_export.deserialize((Path(directory) / "model.stablehlo").read_bytes()).call)
+  return jax.jit(jax_export.deserialize((Path(directory) / FUNCTION).read_bytes()).call)
 
 
 def differences(directory: str | os.PathLike[str], images: np.ndarray, logits: np.ndarray) -> dict[str, float]:
@@ -160,6 +180,23 @@ def differences(directory: str | os.PathLike[str], images: np.ndarray, logits: n
   return out
 
 
+def verify(directory: str | os.PathLike[str], images: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+  """`differences`, computed in a fresh process.
+
+  Raises:
+    ExportError: the export does not run there.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    recorded = Path(folder) / "recorded.npz"
+    np.savez(recorded, images=images, logits=logits)
+    command = [sys.executable, "-m", "tokred.export", str(directory), str(recorded)]
+    done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode:
+    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    raise ExportError(f"{directory} does not run in a fresh process: {reason}")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
 def main(argv: Sequence[str]) -> None:
   """`python -m tokred.export DIRECTORY FILE.npz`: compares with the `images` and `logits` of the file, prints JSON."""
   directory, file = argv
@@ -167,11 +204,21 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps(differences(directory, recorded["images"], recorded["logits"])))
 
 
+def _check_replaceable(directory: Path) -> None:
+  if not directory.exists():
+    return
+  names = {path.name for path in directory.iterdir()} if directory.is_dir() else {"a file"}
+  if names and CARD not in names:
+    raise ValueError(f"{directory} exists and is no export; choose another folder")
+  if others := sorted(names - {CARD, PARAMS, FUNCTION, checkpoint.MANIFEST}):
+    raise ValueError(f"{directory} is an export, but also holds {', '.join(others)}; choose another folder")
+
+
 def _stablehlo(model: Model, params: Any, batch_size: int | None, platforms: Sequence[str] | None) -> bytes:
   size = jax_export.symbolic_shape("batch")[0] if batch_size is None else batch_size
   shape = (size, *model.config.model.image_size, model.config.model.channels)
   function = jax.jit(lambda images: model.module.apply({"params": params}, images).logits)
-  exported = jax_export.export(function, platforms=platforms)(jax.ShapeDtypeStruct(shape, jnp.float32))
+  exported = jax_export.export(function, platforms=platforms or None)(jax.ShapeDtypeStruct(shape, jnp.float32))
   return bytes(exported.serialize())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from tokred import checkpoint, export, pretrained
+from tokred.config import complete
 from tokred.model import Model, build, init
 from tokred.sharding import path_name
 
@@ -34,10 +35,11 @@ def load(path: str | os.PathLike[str], sites: Mapping | None = None, model: Mapp
   config["model"] = config["model"] | dict(model or {})
   made = build(config)
   target = jax.eval_shape(lambda: init(made.module, made.config.seed))
-  params = read(path, target)
-  if any(_is_reducer(name) for name in _flat(target).keys() - _flat(params).keys()):
+  saved = {} if path.is_file() else read(path)  # a file of weights knows no reducers
+  if any(_is_reducer(name) for name in _flat(target).keys() - _flat(saved).keys()):
     target = init(made.module, made.config.seed)
-  return dataclasses.replace(made, params=into(target, params, str(path)))
+  params = read(path, target) if path.is_file() else into(target, saved, str(path))
+  return dataclasses.replace(made, params=params)
 
 
 def read_config(path: Path) -> Any:
@@ -48,7 +50,7 @@ def read_config(path: Path) -> Any:
     found = checkpoint.steps(path / checkpoint.FOLDER)  # the last one's config: its rates may be frozen
     return checkpoint.read_config(path / checkpoint.FOLDER / str(found[-1]) if found else path)
   if path.is_file():
-    return build({}).config
+    return complete({})
   raise FileNotFoundError(f"{path} is no run directory, export or file of weights")
 
 

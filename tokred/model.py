@@ -26,6 +26,11 @@ class Model:
   module: vit.ViT
   params: Any = None
 
+  def __repr__(self) -> str:
+    m, sites = self.config.model, ", ".join(self.config.sites) or "none"
+    size = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
+    return f"Model({m.name} {m.variant}, sites: {sites}, mode: {self.mode}, parameters: {size:,})"
+
   @property
   def mode(self) -> str:
     """ "gather", or "mask" as long as a rate is learned."""
@@ -102,11 +107,14 @@ def build(config: Mapping[str, Any] | ConfigDict) -> Model:
     config: with the fields of `tokred.config.default()`; those that are missing take their defaults.
 
   Raises:
-    ValueError: any error in `config.model` or `config.sites`; the message names field, value and what is valid.
+    ValueError: any error in `config.model`, `config.sites` or `config.rates`; the message names field, value and what
+      is valid.
   """
   config = complete(config)
   if config.model.name not in MODELS:
     raise ValueError(f"config.model.name={config.model.name!r} is not a model; {nearest(config.model.name, MODELS)}")
+  if config.rates.multiple_of < 1:
+    raise ValueError(f"config.rates.multiple_of={config.rates.multiple_of}; valid: 1 or more")
   return Model(config, MODELS[config.model.name](config.model, config.sites.to_dict()))
 
 
@@ -117,46 +125,67 @@ def without_sites(module: vit.ViT) -> vit.ViT:
 
 def init(module: vit.ViT, seed: int) -> Any:
   """Parameters of a module drawn from a seed, as a nested dict of float32 arrays."""
+  return _draw(module, jax.random.split(jax.random.key(seed), 3))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draw(module: vit.ViT, keys: Array) -> Any:
+  """Under jit, for then the forward pass that finds the shapes is never run."""
   s, patch = module.shape, module.shape.patch
   images = jnp.zeros((1, s.grid[0] * patch, s.grid[1] * patch, s.channels))
-  keys = dict(zip(("params", "reduce", "dropout"), jax.random.split(jax.random.key(seed), 3), strict=True))
-  return module.init(keys, images, mode="mask")["params"]
+  return module.init(dict(zip(("params", "reduce", "dropout"), keys, strict=True)), images, mode="mask")["params"]
 
 
 def freeze(model: Model) -> Model:
   """Learned rates become integers; everything else stays.
 
   Counts fall monotonically (a later rate cannot bring tokens back), are rounded to a multiple of
-  `config.rates.multiple_of`, and stand in the config as a fixed `keep`.  Logits of rates leave the parameters.
+  `config.rates.multiple_of`, and stand in the config as a fixed `keep`.  Sites behind a learned one get their counts
+  as integers too, for a share of what arrives is now a share of less.  Logits of rates leave the parameters.
   A model without learned rates comes back as it is.
 
   Raises:
     ValueError: the model has no parameters.
   """
-  sites = model.module.sites
-  learned = sorted({spot.site for spot in sites.spots if spot.rate == "learned"})
+  spots = model.module.sites.spots
+  learned = [index for index, spot in enumerate(spots) if spot.rate == "learned"]
   if not learned:
     return model
   if model.params is None:
     raise ValueError("freeze needs parameters: call model.init(), or get the model from tokred.load")
-  n, multiple, kept = sites.stack.num_tokens, model.config.rates.multiple_of, {name: [] for name in learned}
+  kept = {spot.site: [] for spot in spots}
+  for spot, count in zip(spots, _frozen_counts(model), strict=True):
+    kept[spot.site].append(count)
+  config = model.config.to_dict()
+  for name in {spot.site for spot in spots[learned[0] :]}:
+    site = config["sites"][name]
+    gone = ("r", "granularity") + (() if site.get("rate") == "threshold" else ("rate", "schedule"))
+    slots = len(site["reducer"]) if isinstance(site["reducer"], (tuple, list)) else 1
+    by_slot = tuple(tuple(kept[name][slot::slots]) for slot in range(slots))
+    keep = {"keep": by_slot if slots > 1 else by_slot[0]}
+    config["sites"][name] = {field: value for field, value in site.items() if field not in gone} | keep
+  return dataclasses.replace(build(config), params=drop_rates(model.params))
+
+
+def _frozen_counts(model: Model) -> list[int]:
+  """Tokens that leave each spot; those that go round a block are back behind it."""
+  sites, multiple = model.module.sites, model.config.rates.multiple_of
+  n, inner, layer, out = sites.stack.num_tokens, None, 0, []
   for spot in sites.spots:
+    if spot.layer != layer:
+      inner, layer = None, spot.layer
+    arriving, count = n if inner is None else inner, spot.keep
     if spot.rate == "learned":
       logits = jnp.asarray(_at(model.params, f"block_{spot.layer}", "reduce", spot.child, "rate", "logits"))
       count = int(rates.kept_count(logits, spot.candidates)) + spot.protected
-      count = max(round(count / multiple) * multiple, spot.module().fewest(n, spot.protected))
-      n = min(n, count)
-      kept[spot.site].append(n)
+      count = max(round(count / multiple) * multiple, spot.module().fewest(arriving, spot.protected))
+    count = min(arriving, count)
+    if spot.place == "around" or inner is not None:
+      inner = count
     else:
-      n = min(n, spot.keep)
-  config = model.config.to_dict()
-  for name in learned:
-    site = {k: v for k, v in config["sites"][name].items() if k not in ("rate", "granularity")}
-    slots = len(site["reducer"]) if isinstance(site["reducer"], (tuple, list)) else 1
-    by_slot = tuple(tuple(kept[name][slot::slots]) for slot in range(slots))
-    config["sites"][name] = site | {"keep": by_slot if slots > 1 else by_slot[0]}
-  frozen = build(config)
-  return dataclasses.replace(frozen, params=drop_rates(model.params))
+      n = count
+    out.append(count)
+  return out
 
 
 def drop_rates(params: Any) -> Any:

@@ -127,7 +127,7 @@ def fold(tokens: Tokens, plan: Plan, *, survival: Array | None = None, form: str
     tokens: N tokens.
     plan: the reduction.
     survival: (N,) probability that the token of each rank survives, from a learned rate; its gradient is that of the
-      gate of the token that stands there (straight-through).
+      gate of the token that stands there (straight-through), and zero in a row from which no token goes.
     form: see `take`.
 
   Returns:
@@ -137,7 +137,11 @@ def fold(tokens: Tokens, plan: Plan, *, survival: Array | None = None, form: str
   kept = plan.gate
   if survival is not None:  # beside the gradient that the gate has already
     learned = jnp.issubdtype(kept.dtype, jnp.floating)
-    kept = straight_through(kept, survival[rank] + kept if learned else survival[rank])
+    chance = survival[rank]
+    # A count that takes nothing away learns nothing from the task: the authors of DiffRate skip such a step.
+    takes = (tokens.alive & (kept <= 0)).any(1, keepdims=True)
+    chance = jnp.where(takes, chance, jax.lax.stop_gradient(chance))
+    kept = straight_through(kept, chance + kept if learned else chance)
   soft = jnp.issubdtype(tokens.mask.dtype, jnp.floating) or jnp.issubdtype(kept.dtype, jnp.floating)
   mask = tokens.mask.astype(jnp.float32) * kept.astype(jnp.float32) if soft else tokens.mask & kept
   if not soft:  # nothing learns from the dead: they are silenced, and may have been garbage
@@ -146,7 +150,8 @@ def fold(tokens: Tokens, plan: Plan, *, survival: Array | None = None, form: str
   owns = plan.owner == jnp.arange(x.shape[1])
   if plan.weight is not None:
     merge = jax.nn.one_hot(plan.owner, x.shape[1], axis=1, dtype=x.dtype)  # (B, owner, member); a row of -1 is zero
-    merged = jnp.einsum("bon,bnd->bod", merge * plan.weight[:, None].astype(x.dtype), x, precision="highest")
+    weight = jnp.where(plan.owner >= 0, plan.weight, 0.0)  # that of a dead token may be garbage
+    merged = jnp.einsum("bon,bnd->bod", merge * weight[:, None].astype(x.dtype), x, precision="highest")
     x = jnp.where(owns[..., None], merged, x)
     size = jnp.where(owns, group_sum(plan.owner, size), size)
   moved = jax.tree.map(
@@ -172,9 +177,9 @@ def compact(tokens: Tokens, plan: Plan, k: int, *, form: str | None = None) -> T
     owner = take(plan.owner, gone)
     target = jnp.where(owner >= 0, take(rank, jnp.maximum(owner, 0)), -1)
     merge = jax.nn.one_hot(target, k, axis=1, dtype=x.dtype)  # (B, K, gone): only the tokens that go are multiplied
-    weight = take(plan.weight, gone)[:, None].astype(x.dtype)
+    weight = jnp.where(target >= 0, take(plan.weight, gone), 0.0)[:, None].astype(x.dtype)
     x = x * take(plan.weight, kept)[..., None].astype(x.dtype)
-    # A zero does not silence the garbage that a dead token may hold.
+    # A zero weight does not silence the garbage that a dead token may hold.
     gone_x = jnp.where(target[..., None] >= 0, take(tokens.x, gone, form), 0)
     gone_size = jnp.where(target >= 0, take(tokens.size, gone), 0.0)
     x = x + jnp.einsum("bkn,bnd->bkd", merge * weight, gone_x, precision="highest")

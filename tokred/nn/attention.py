@@ -73,27 +73,28 @@ def _fused(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None)
   if mask is not None and gate is None:
     lengths = mask.sum(-1, dtype=jnp.int32)
     k, v = (jnp.where(mask[:, None, :, None], a, 0) for a in (k, v))
-  plain_q, plain_k, plain_v = q, k, v
+  plain_v = v
   if bias is not None:  # (q, 1 / scale) (k, log size): scaled along with the rest
     q = _append(q, jnp.full(q.shape[:3], 1 / scale, q.dtype))
     k = _append(k, jnp.broadcast_to(bias[:, None], k.shape[:3]).astype(k.dtype))
-  if gate is not None:  # values (w v, w): the last column is the share of the weight that is left
-    v = _append(
-      v * gate[:, None, :, None].astype(v.dtype), jnp.broadcast_to(gate[:, None], v.shape[:3]).astype(v.dtype)
-    )
+  if gate is not None:
+    # Values (w v, w, 0): the last but one column is the share of the weight that is left.  One more key stands for the
+    # query itself: its logit is q_i k_i, in two columns so that bfloat16 does not round it, and its value (0, 0, 1), so
+    # the last column is e_ii in the same units.  (`return_residual` would give it too, but without a gradient.)
+    own = jnp.einsum("bhid,bhid->bhi", q, k, preferred_element_type=jnp.float32)
+    high = own.astype(q.dtype)
+    q = _append(_append(q, high), (own - high.astype(jnp.float32)).astype(q.dtype))
+    k = jnp.pad(k, ((0, 0), (0, 0), (0, 1), (0, 2))).at[:, :, -1, -2:].set(1)
+    v = v * gate[:, None, :, None].astype(v.dtype)
+    v = _append(v, jnp.broadcast_to(gate[:, None], v.shape[:3]).astype(v.dtype))
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 1), (0, 1))).at[:, :, -1, -1].set(1)
   width = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8 if (bias is not None or gate is not None) else dim
   q, k, v = (jnp.pad(a, ((0, 0),) * 3 + ((0, width - a.shape[-1]),)).swapaxes(1, 2) for a in (q, k, v))
-  out = jax.nn.dot_product_attention(
-    q, k, v, scale=scale, key_value_seq_lengths=lengths, return_residual=gate is not None
-  )
+  out = jax.nn.dot_product_attention(q, k, v, scale=scale, key_value_seq_lengths=lengths).swapaxes(1, 2)
   if gate is None:
-    return out.swapaxes(1, 2)[..., :dim]
-  out, lse = out
-  out, lse = out.swapaxes(1, 2).astype(jnp.float32), lse.swapaxes(1, 2).astype(jnp.float32)  # lse: (B, H, N)
-  self_logit = jnp.einsum("bhid,bhid->bhi", plain_q, plain_k, preferred_element_type=jnp.float32) * scale
-  if bias is not None:
-    self_logit = self_logit + bias[:, None]
-  own = jnp.exp(self_logit - lse) * (1.0 - gate[:, None])
+    return out[..., :dim]
+  out = out.astype(jnp.float32)
+  own = out[..., dim + 1] * (1.0 - gate[:, None])
   total = out[..., dim] + own
   return ((out[..., :dim] + own[..., None] * plain_v) / total[..., None]).astype(plain_v.dtype)
 

@@ -16,16 +16,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from tokred import checkpoint, evaluate, loading, sharding
 from tokred import data as tokred_data
-from tokred import sites as tokred_sites
 from tokred.config import complete
-from tokred.model import Model, build, freeze, init, without_sites
-from tokred.train import optim
+from tokred.model import Model, freeze, init, without_sites
 from tokred.train.log import MetricLog
-from tokred.train.step import init_state, make_step, transfer
+from tokred.train.phase import Phase, check
+from tokred.train.step import transfer
+
+_LOOK_EVERY = 10  # steps between two looks at the other processes' signals, since asking them costs a round trip
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -36,56 +38,12 @@ class Stopped(SystemExit):
   """SIGTERM came; everything is saved."""
 
 
-class Phase:
-  """What is compiled for one config: with learned rates, and from `rates.freeze_step` on another one with integers."""
-
-  def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh, total_steps: int):
-    self.model, self.mesh = build(config), mesh
-    mode = config.train.mode
-    if mode not in ("mask", "gather"):
-      raise ValueError(f"config.train.mode={mode!r} is not a mode; valid: mask, gather")
-    learned = sorted({spot.site for spot in self.module.sites.spots if spot.rate == "learned"})
-    if mode == "gather" and learned:
-      raise ValueError(f"config.train.mode='gather' needs integer counts, but the rate of sites {learned} is learned")
-    if config.loss.budget and not learned and not config.rates.freeze_step:
-      raise ValueError(f"config.loss.budget={config.loss.budget} has nothing to act on: no site has rate='learned'")
-    teaches = [name for name in ("distill_logits", "distill_tokens") if config.loss[name]]
-    if teaches and not (config.teacher or config.init):
-      raise ValueError(f"config.loss.{teaches[0]}={config.loss[teaches[0]]} needs config.teacher or config.init")
-    self.scheduled = {s.site for s in self.module.sites.spots if s.rate == "scheduled"}
-    if mode == "gather" and self.scheduled:
-      raise ValueError(f"config.train.mode='gather' has static counts, but those of {sorted(self.scheduled)} move")
-    self.mode, self.rules = mode, sharding.make_rules(config.mesh)
-    params = jax.eval_shape(lambda: init(self.module, config.seed))
-    self.optimizer, self.schedule = optim.make_optimizer(config.optim, params, total_steps)
-    self.target = sharding.abstract_sharded(self.new_state, params, mesh=mesh, rules=self.rules)
-    self.step = jax.jit(make_step(config, self.module, self.optimizer, mode), donate_argnums=0)
-
-  @property
-  def config(self) -> ConfigDict:
-    return self.model.config
-
-  @property
-  def module(self) -> Any:
-    return self.model.module
-
-  def new_state(self, params: Any) -> dict[str, Any]:
-    return init_state(params, self.optimizer, self.config.optim.ema)
-
-  def keeps(self, step: int) -> dict[str, np.ndarray] | None:
-    """Counts of scheduled sites at a step, an input of the compiled step."""
-    if not self.scheduled:
-      return None
-    counts = tokred_sites.scheduled(self.config.sites.to_dict(), self.module.sites.stack, step)
-    return {name: np.asarray(values, np.int32) for name, values in counts.items()}
-
-
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   """Trains what `config` describes, or goes on where `workdir` was left.
 
   Args:
     config: with the fields of `tokred.config.default()`; those that are missing take their defaults.
-    workdir: run directory: config.json, metrics.jsonl, events/, checkpoints/ and, at the end, summary.json.
+    workdir: run directory: config.json, metrics.jsonl, TensorBoard events, checkpoints/ and, at the end, summary.json.
 
   Returns:
     The summary: what `tokred.evaluate` reports of the reduced model in the form that ships, and seconds.
@@ -95,24 +53,26 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     NonFiniteLoss: names the term; the last good checkpoint stays.
     Stopped: after SIGTERM, when all is saved.
   """
+  if not os.fspath(workdir):
+    raise ValueError("workdir='' is no directory; valid: where this run shall live, such as runs/digits")
   begin, workdir = time.monotonic(), Path(workdir)
   sharding.initialize_distributed()
   config = complete(config)
+  check(config)
   total = _num_steps(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, mesh, config.train.accumulate)
   phase = Phase(config, mesh, total)
   checkpoint.check_config(workdir, config)
   batches, eval_batches = _data(config)
-  checkpoint.write_config(workdir, config)
+  teacher = _teacher(phase)
+  state = None if checkpoint.steps(workdir / checkpoint.FOLDER) else _first_state(phase)
+  checkpoint.write_config(workdir, config)  # only here: what fails before leaves no run that could be in the way
   saved = checkpoint.Checkpoints(workdir / checkpoint.FOLDER, config.train.keep_checkpoints)
   try:
-    step = saved.latest_step()
-    teacher = _teacher(phase)
-    if step is None:
-      step, state = 0, _first_state(phase)
-    else:
-      phase = Phase(_resumed(config, workdir / checkpoint.FOLDER / str(step)), mesh, total)
+    step = saved.latest_step() or 0
+    if step:
+      phase = _resumed(phase, workdir / checkpoint.FOLDER / str(step), total)
       state, data_state = saved.restore(phase.target, step)
       batches.set_state(data_state)
     with MetricLog(workdir, step or None) as log:
@@ -122,7 +82,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
       run = _Run(phase, saved, log, eval_batches, total)
       place = sharding.batch_sharding(mesh)
       stream = tokred_data.to_device(batches, place, config.data.prefetch)
-      phase, state = run.steps(step, state, stream, teacher)
+      state = run.steps(step, state, stream, teacher)
       result = run.evaluate(state, final=True)
   finally:
     batches.close()
@@ -139,8 +99,8 @@ class _Run:
   def __init__(self, phase: Phase, saved: checkpoint.Checkpoints, log: MetricLog, eval_batches: Any, total: int):
     self.phase, self.saved, self.log, self.eval_batches, self.total = phase, saved, log, eval_batches, total
 
-  def steps(self, step: int, state: Any, stream: Iterator[tuple[Any, Any]], teacher: Any) -> tuple[Phase, Any]:
-    """Runs to the end.  Metrics of a step are fetched when the next one is under way."""
+  def steps(self, step: int, state: Any, stream: Iterator[tuple[Any, Any]], teacher: Any) -> Any:
+    """Runs to the end, and returns the state.  Metrics of a step are fetched when the next one is under way."""
     c, last = self.phase.config, None
     with _on_sigterm() as asked:
       while step < self.total:
@@ -153,16 +113,18 @@ class _Run:
         last = (step, metrics)
         self.log.step(step)
         if c.train.eval_every and step % c.train.eval_every == 0 and step < self.total:
+          last = self._report(last)
           result = self.evaluate(state)
           self.log.write(step, {name: result[name] for name in ("accuracy", "loss")}, prefix="eval/")
-        if step % c.train.checkpoint_every == 0 or step == self.total or asked():
+        leave = asked(step)
+        if step % c.train.checkpoint_every == 0 or step == self.total or leave:
           last = self._report(last)  # nothing is saved that is not known to be good
-          self.saved.save(step, state, data_state=data_state, config=self.phase.config, wait=asked())
-        if asked() and step < self.total:
-          self.saved.wait()
+          self.saved.save(step, state, data_state=data_state, config=self.phase.config, wait=leave)
+        if leave:
           self.log.message(f"SIGTERM: saved step {step} of {self.total}; the same command goes on from there")
           raise Stopped(143)
-    return self.phase, state
+      self.saved.wait()
+    return state
 
   def evaluate(self, state: Any, final: bool = False) -> dict[str, Any]:
     """On the evaluation split: in the form that ships at the end, with whatever compiles less before."""
@@ -184,8 +146,8 @@ class _Run:
     with config.unlocked():
       config.train.mode = "gather"
       config.loss.budget = 0.0
+    self.phase = Phase(config, self.phase.mesh, self.total, frozen=True)
     self.log.message(f"rates are frozen: tokens leaving each block {frozen.counts}, {frozen.flops / 1e9:.3g} GFLOPs")
-    self.phase = Phase(config, self.phase.mesh, self.total)
     return transfer(state, self.phase.target)
 
   def _report(self, last: tuple[int, Any] | None) -> None:
@@ -193,7 +155,7 @@ class _Run:
     if last is None:
       return
     step, metrics = last
-    metrics = {name: float(value) for name, value in metrics.items()}
+    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
     if bad:
       self.log.write(step, metrics)
@@ -213,23 +175,19 @@ class _Run:
       self.log.write(step, metrics | {"lr": lr} | self.log.speed())
 
 
-def _resumed(config: ConfigDict, folder: Path) -> ConfigDict:
-  """The config of now, with what a checkpoint knows better: sites whose rates were frozen, and what follows."""
-  saved = checkpoint.read_config(folder)
+def _resumed(phase: Phase, folder: Path, total: int) -> Phase:
+  """The phase of a checkpoint: where its rates were frozen it knows better, while other fields may have changed."""
+  saved, config = checkpoint.read_config(folder), phase.config
   if saved.train.mode == config.train.mode:
-    return config
-  config = complete(config)
+    return phase
   with config.unlocked():
     config.sites, config.train.mode, config.loss.budget = saved.sites, saved.train.mode, saved.loss.budget
-  return config
+  return Phase(config, phase.mesh, total, frozen=True)
 
 
 def _num_steps(config: ConfigDict) -> int:
   """`train.steps`, or `train.epochs` over the training split."""
   c = config.train
-  for field in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
-    if c[field] < 1:
-      raise ValueError(f"config.train.{field}={c[field]}; valid: 1 or more")
   if c.steps:
     return c.steps
   steps = int(c.epochs * tokred_data.describe(config.data).num_train / c.batch_size)
@@ -260,11 +218,12 @@ def _data(config: ConfigDict) -> tuple[Any, Any]:
 def _first_state(phase: Phase) -> Any:
   """State at step 0, sharded; weights of `config.init` over what was drawn."""
   c = phase.config
+  if c.init:
+    loading.read_config(Path(c.init))  # a path that does not exist is to be told before anything is compiled
   params = sharding.init_sharded(lambda: init(phase.module, c.seed), mesh=phase.mesh, rules=phase.rules)
   if c.init:
-    params = loading.into(params, loading.read(c.init), f"config.init={c.init}")
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, phase.target)
-  return jax.jit(phase.new_state, out_shardings=shardings)(params)
+    params = loading.into(params, loading.read(c.init, params), f"config.init={c.init}")
+  return jax.jit(phase.new_state, out_shardings=phase.shardings)(params)
 
 
 def _teacher(phase: Phase) -> Any:
@@ -274,14 +233,14 @@ def _teacher(phase: Phase) -> Any:
     return None
   path = c.teacher or c.init
   dense = without_sites(phase.module)
-  target = sharding.init_sharded(lambda: init(dense, c.seed), mesh=phase.mesh, rules=phase.rules)
-  return loading.into(target, loading.read(path), f"config.teacher={path}")
+  target = sharding.abstract_sharded(lambda: init(dense, c.seed), mesh=phase.mesh, rules=phase.rules)
+  return loading.into(target, loading.read(path, target), f"config.teacher={path}")
 
 
 class _on_sigterm:
   """Within it, SIGTERM only sets a flag; the loop looks at it between steps."""
 
-  def __enter__(self) -> Callable[[], bool]:
+  def __enter__(self) -> Callable[[int], bool]:
     self.asked = False
     try:
       self.before = signal.signal(signal.SIGTERM, self._note)
@@ -296,11 +255,11 @@ class _on_sigterm:
   def _note(self, *_: Any) -> None:
     self.asked = True
 
-  def _any_asked(self) -> bool:
+  def _any_asked(self, step: int) -> bool:
     if jax.process_count() == 1:
       return self.asked
-    from jax.experimental import multihost_utils
-
+    if step % _LOOK_EVERY:
+      return False
     return bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))  # all stop at the same step
 
 

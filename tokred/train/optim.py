@@ -70,7 +70,7 @@ def make_schedule(config_optim: ConfigDict, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-  config_optim: ConfigDict, params: Any, total_steps: int
+  config_optim: ConfigDict, params: Any, total_steps: int, strict: bool = True
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The optimiser that `config.optim` describes, for parameters of this structure.
 
@@ -92,6 +92,7 @@ def make_optimizer(
     config_optim: `config.optim`.
     params: tree of arrays or ShapeDtypeStructs; only paths and structure are read.
     total_steps: optimiser steps of the whole run.
+    strict: whether a regex that matches nothing is an error; not so once the parameters that it meant are gone.
 
   Returns:
     (transformation, schedule). The transformation needs the parameters in `update`; its state holds one scalar count
@@ -107,12 +108,13 @@ def make_optimizer(
   names = [path_name(path) for path, _ in paths]
   known = default().optim.no_decay  # the defaults may match nothing: not every model has registers
 
-  no_decay = _first_match("no_decay", config_optim.no_decay, names, may_miss=known)
-  frozen = _first_match("freeze", config_optim.freeze, names)
+  may_miss = () if strict else None
+  no_decay = _first_match("no_decay", config_optim.no_decay, names, may_miss=known if strict else None)
+  frozen = _first_match("freeze", config_optim.freeze, names, may_miss)
   factors = _pairs("multipliers", config_optim.multipliers)
-  scaled = _first_match("multipliers", [regex for regex, _ in factors], names)
+  scaled = _first_match("multipliers", [regex for regex, _ in factors], names, may_miss)
   steps = _pairs("freeze_until", config_optim.freeze_until)
-  held = _first_match("freeze_until", [regex for regex, _ in steps], names)
+  held = _first_match("freeze_until", [regex for regex, _ in steps], names, may_miss)
   if all(index is not None for index in frozen):
     raise ValueError(f"config.optim.freeze={tuple(config_optim.freeze)!r} matches every parameter; nothing would learn")
 
@@ -218,9 +220,9 @@ def _hold(until: Any) -> optax.GradientTransformation:
 
 
 def _first_match(
-  field: str, regexes: Sequence[str], names: Sequence[str], may_miss: Iterable[str] = ()
+  field: str, regexes: Sequence[str], names: Sequence[str], may_miss: Iterable[str] | None
 ) -> list[int | None]:
-  """For each name the index of the first regex that matches all of it, or None."""
+  """For each name the index of the first regex that matches all of it, or None; `may_miss` None: any may miss."""
   matches: list[int | None] = [None] * len(names)
   for index, regex in enumerate(regexes):
     try:
@@ -228,7 +230,7 @@ def _first_match(
     except (re.error, TypeError) as error:
       raise ValueError(f"config.optim.{field}: {regex!r} is not a regular expression: {error}") from None
     hits = [i for i, name in enumerate(names) if match(name)]
-    if not hits and regex not in may_miss:
+    if not hits and may_miss is not None and regex not in may_miss:
       sample = difflib.get_close_matches(regex, names, n=4, cutoff=0.5) or names[:: max(1, len(names) // 6)][:6]
       raise ValueError(
         f"config.optim.{field}: {regex!r} matches none of the {len(names)} parameters (all of the path must match); "

@@ -1,0 +1,121 @@
+"""Both implementations against the formula of the module's docstring in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokred.nn import attention
+
+B, H, N, DIM = 2, 2, 7, 8
+ALIVE = np.arange(N) < np.array([[5], [4]])  # a prefix, as masks are
+
+
+def inputs(seed=0):
+  rng = np.random.default_rng(seed)
+  q, k, v = (rng.normal(size=(B, H, N, DIM)) for _ in range(3))
+  return q, k, v, rng.uniform(0.5, 4.0, (B, N))
+
+
+def reference(q, k, v, size=None, mask=None, gate=None):
+  """out_i = (sum_j e_ij w_j v_j + e_ii (1 - w_i) v_i) / (the same without v), by loops."""
+  out = np.zeros_like(v)
+  size = np.ones((B, N)) if size is None else size
+  weight = np.ones((B, N)) if mask is None else mask.astype(float)
+  for b in range(B):
+    for h in range(H):
+      for i in range(N):
+        top, bottom = 0.0, 0.0
+        for j in range(N):
+          w = weight[b, j] if gate is None else (1.0 if i == j else gate[b, j])
+          e = np.exp(q[b, h, i] @ k[b, h, j] / np.sqrt(DIM)) * size[b, j] * w
+          top, bottom = top + e * v[b, h, j], bottom + e
+        out[b, h, i] = top / bottom
+  return out
+
+
+def f32(a):
+  return jnp.asarray(a, jnp.float32)
+
+
+@pytest.mark.parametrize("impl", ["matmul", "fused"])
+@pytest.mark.parametrize("kind", ["none", "mask", "gate"])
+@pytest.mark.parametrize("sized", [False, True])
+def test_equals_the_formula(impl, kind, sized):
+  q, k, v, size = inputs()
+  mask = {"none": None, "mask": jnp.asarray(ALIVE), "gate": f32(ALIVE)}[kind]
+  got = attention.attend(f32(q), f32(k), f32(v), size=f32(size) if sized else None, mask=mask, impl=impl)
+  want = reference(
+    q, k, v, size if sized else None, ALIVE if kind == "mask" else None, ALIVE * 1.0 if kind == "gate" else None
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "mask", "gate"])
+@pytest.mark.parametrize("sized", [False, True])
+def test_gradients_of_both_agree_with_differences_of_the_formula(kind, sized):
+  q, k, v, size = inputs(1)
+  rng = np.random.default_rng(2)
+  seen = ALIVE[:, None, :, None] if kind == "mask" else np.ones((B, 1, N, 1))  # outputs of the dead are nobody's
+  cotangent = rng.normal(size=v.shape) * seen
+  gate = ALIVE * 1.0
+
+  def loss(impl, args):
+    mask = {"none": None, "mask": jnp.asarray(ALIVE), "gate": args.get("gate")}[kind]
+    out = attention.attend(args["q"], args["k"], args["v"], size=args.get("size"), mask=mask, impl=impl)
+    return jnp.sum(out * f32(cotangent))
+
+  args = {"q": q, "k": k, "v": v} | ({"size": size} if sized else {}) | ({"gate": gate} if kind == "gate" else {})
+  traced = {name: f32(value) for name, value in args.items()}
+  matmul, fused = (jax.grad(lambda a, impl=impl: loss(impl, a))(traced) for impl in ("matmul", "fused"))
+  for name, value in matmul.items():
+    np.testing.assert_allclose(value, fused[name], rtol=1e-4, atol=2e-5, err_msg=name)
+  if kind == "gate":  # also where the gate is zero: a log(gate) bias would give nothing there
+    assert np.abs(matmul["gate"][~ALIVE]).min() > 1e-5
+
+  def exact(args):
+    mask = ALIVE if kind == "mask" else None
+    return np.sum(reference(args["q"], args["k"], args["v"], args.get("size"), mask, args.get("gate")) * cotangent)
+
+  for name, value in args.items():  # central differences along one random direction an argument
+    step = rng.normal(size=value.shape) * 1e-5
+    slope = (exact(args | {name: value + step}) - exact(args | {name: value - step})) / 2
+    np.testing.assert_allclose(np.sum(np.asarray(matmul[name], float) * step), slope, rtol=2e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("impl", ["matmul", "fused"])
+def test_garbage_in_dead_keys_reaches_no_living_query(impl):
+  q, k, v, size = (f32(a) for a in inputs(3))
+  dead = ~jnp.asarray(ALIVE)[:, None, :, None]
+  clean = attention.attend(q, k, v, size=size, mask=jnp.asarray(ALIVE), impl=impl)
+  k, v, q = (jnp.where(dead, jnp.nan, a) for a in (k, v, q))
+  spoilt = attention.attend(q, k, v, size=size, mask=jnp.asarray(ALIVE), impl=impl)
+  alive = np.broadcast_to(ALIVE[:, None], (B, H, N))
+  np.testing.assert_array_equal(np.asarray(spoilt)[alive], np.asarray(clean)[alive])
+
+
+@pytest.mark.parametrize("impl", ["matmul", "fused"])
+def test_bfloat16_keeps_a_float32_softmax(impl):
+  q, k, v, size = inputs(4)
+  low = [jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)]
+  got = attention.attend(*low, size=f32(size), impl=impl)
+  assert got.dtype == jnp.bfloat16
+  want = reference(*(np.asarray(a.astype(jnp.float32), float) for a in low), size)
+  np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.04)
+
+
+@pytest.mark.parametrize("kind", ["none", "mask", "gate"])
+def test_cls_attention_is_a_row_of_the_map(kind):
+  q, k, _, size = inputs(5)
+  logits = np.einsum("bhd,bhjd->bhj", q[:, :, 0], k) / np.sqrt(DIM)
+  weight = np.exp(logits) * size[:, None] * (1.0 if kind == "none" else ALIVE[:, None])
+  want = (weight / weight.sum(-1, keepdims=True)).mean(1)
+  mask = {"none": None, "mask": jnp.asarray(ALIVE), "gate": f32(ALIVE)}[kind]
+  got = attention.cls_attention(f32(q), f32(k), size=f32(size), mask=mask)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(got.sum(1), 1.0, rtol=1e-6)
+
+
+def test_unknown_implementation():
+  with pytest.raises(ValueError, match=r"config.model.attention='flash' is not an implementation; .*valid: auto"):
+    attention.implementation("flash")

@@ -1,0 +1,239 @@
+"""Every registered reducer keeps the laws; reducers that break one on purpose are caught, with its number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from tokred import testing
+from tokred.reducers import REGISTRY, Planner, Reducer, keep_top
+from tokred.reducers.base import merge_into, num_kept, ranking
+from tokred.reducers.diffrate import DiffRateMerge
+from tokred.reducers.router import Router
+from tokred.reducers.tome import ToMe
+from tokred.reducers.topk import TopK
+from tokred.testing import LawError, ModelCase, check_reducer
+from tokred.tokens import Plan, compact, fold, straight_through
+
+OPTIONS = {  # name -> modules whose options take other ways through the code, and the laws that these meet
+  "fuse": (TopK(fuse=True), None),
+  "raster": (TopK(raster=True, score="key_norm"), (1, 2, 3, 7)),
+  "norm": (TopK(score="token_norm"), (5, 8, 10)),
+  "raw": (Router(gate="raw"), (2,)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_registered_reducer_keeps_the_laws(name):
+  check_reducer(REGISTRY[name])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_keep_the_laws(name):
+  module, laws = OPTIONS[name]
+  check_reducer(module, laws=laws)
+
+
+@pytest.fixture(scope="module")
+def diffrate():
+  site = dict(reducer=("topk", "diffrate_merge"), place="attn", layers=(0,), keep=(15, 12))
+  return ModelCase("diffrate", None, site)
+
+
+@pytest.mark.parametrize("law", [testing.law_2_model, testing.law_8_model, testing.law_12_export])
+def test_diffrate_pair(diffrate, law):
+  law(None, diffrate)
+
+
+# Broken on purpose.
+
+
+class Norm(Planner):
+  """Sound; the broken ones differ in one place."""
+
+  def score(self, tokens):
+    return jnp.linalg.norm(tokens.x.astype(jnp.float32) + 1e-3, axis=-1)
+
+  def plan(self, tokens, keep, *, train):
+    return keep_top(tokens, self.score(tokens), keep), {"score": self.score(tokens)}
+
+
+class OneTooMany(Norm):
+  def plan(self, tokens, keep, *, train):
+    return keep_top(tokens, self.score(tokens), keep + 1), {}
+
+
+class HostCount(Norm):
+  def plan(self, tokens, keep, *, train):
+    return keep_top(tokens, self.score(tokens), int(keep)), {}
+
+
+class DeadFirst(Norm):
+  def __call__(self, tokens, keep, *, train, mode):
+    tokens, report = super().__call__(tokens, keep, train=train, mode=mode)
+    return tokens.replace(mask=tokens.mask[:, ::-1]), report
+
+
+class OtherInGather(Norm):
+  def __call__(self, tokens, keep, *, train, mode):
+    plan = keep_top(tokens, self.score(tokens) * (-1 if mode == "gather" else 1), keep)
+    return (compact(tokens, plan, keep) if mode == "gather" else fold(tokens, plan)), {}
+
+
+class SoftGate(Norm):
+  def plan(self, tokens, keep, *, train):
+    plan = keep_top(tokens, self.score(tokens), keep)
+    return (plan.replace(gate=jnp.maximum(plan.gate, 0.3)) if train else plan), {}
+
+
+class CountsTheDead(Norm):
+  def score(self, tokens):
+    return jnp.abs(tokens.x[..., 0] - tokens.x.mean((1, 2))[:, None])
+
+
+class PlainMean(ToMe):
+  def plan(self, tokens, keep, *, train):
+    plan, report = super().plan(tokens, keep, train=train)
+    return merge_into(tokens, plan.owner, plan.order, jnp.ones_like(tokens.size)), report
+
+
+class Unprotected(Norm):
+  def plan(self, tokens, keep, *, train):
+    free = tokens.replace(protected=jnp.zeros_like(tokens.protected))
+    return keep_top(free, self.score(tokens), keep), {}
+
+
+class AlwaysSorts(Norm):
+  def __call__(self, tokens, keep, *, train, mode):
+    plan, report = self.plan(tokens, keep, train=False)
+    return (compact(tokens, plan, keep) if mode == "gather" else fold(tokens, plan)), report
+
+
+class LosesOwner(Norm):
+  def __call__(self, tokens, keep, *, train, mode):
+    out, report = super().__call__(tokens, keep, train=train, mode=mode)
+    return out.replace(owner=tokens.owner), report
+
+
+class OwnerWithoutHome(Norm):
+  def plan(self, tokens, keep, *, train):
+    plan = keep_top(tokens, self.score(tokens), keep)
+    last = plan.order[:, -1:]  # dropped, and yet made the owner of what is dropped
+    return plan.replace(owner=jnp.where(plan.owner < 0, last, plan.owner)), {}
+
+
+class InfiniteGradient(Norm):
+  def plan(self, tokens, keep, *, train):
+    norm = jnp.linalg.norm(tokens.x, axis=-1)  # not differentiable at zero
+    plan = keep_top(tokens, norm, keep)
+    return plan.replace(gate=straight_through(plan.gate, jax.nn.sigmoid(norm))), {}
+
+
+class NoGradient(Norm):
+  @nn.compact
+  def plan(self, tokens, keep, *, train):
+    score = nn.Dense(1, name="scorer")(tokens.x)[..., 0]
+    return keep_top(tokens, jnp.where(tokens.alive, score, 0), keep), {}
+
+
+class BatchMean(Norm):
+  def score(self, tokens):
+    x = jnp.where(tokens.alive[..., None], tokens.x, 0).astype(jnp.float32)
+    return jnp.linalg.norm(x - x.mean((0, 1)), axis=-1)
+
+
+class LowRanking(Norm):
+  def score(self, tokens):
+    return jnp.square(tokens.x).sum(-1)
+
+
+class TiesUp(Norm):
+  def plan(self, tokens, keep, *, train):
+    score = self.score(tokens)
+    flip = lambda a: a[:, ::-1]  # noqa: E731
+    order = ranking(tokens.replace(mask=flip(tokens.mask), protected=flip(tokens.protected)), flip(score))
+    order = score.shape[1] - 1 - order
+    kept = jnp.argsort(order, axis=1) < num_kept(tokens, keep)
+    index = jnp.arange(score.shape[1], dtype=jnp.int32)
+    return Plan(jnp.where(kept, index, -1), order, kept | ~tokens.alive), {"score": score}
+
+
+class NotWritable(Norm):
+  scale: complex = 1j
+
+  def plan(self, tokens, keep, *, train):
+    return keep_top(tokens, self.score(tokens) * abs(self.scale), keep), {}
+
+
+class NotExact(Norm):
+  relaxed = True
+
+  def __call__(self, tokens, keep, *, train, mode):
+    tokens, report = super().__call__(tokens, keep, train=train, mode=mode)
+    return (tokens.replace(x=tokens.x * 1.1) if mode == "mask" else tokens), report
+
+
+BROKEN = [
+  (1, OneTooMany, "gather"),
+  (1, HostCount, "Concretization"),
+  (1, DeadFirst, "behind a dead token"),
+  (2, OtherInGather, "masked against gathered"),
+  (2, SoftGate, "neither 0 nor 1"),
+  (3, CountsTheDead, "NaN in dead tokens"),
+  (4, PlainMean, "size-weighted mean"),
+  (5, Unprotected, "protected token is gone, at row"),
+  (6, AlwaysSorts, "keep=all"),
+  (7, LosesOwner, "owner"),
+  (7, OwnerWithoutHome, "not kept"),
+  (8, InfiniteGradient, "not finite"),
+  (8, NoGradient, "scorer"),
+  (9, BatchMean, "other rows"),
+  (10, LowRanking, "float32: owner"),
+  (10, TiesUp, "lower index"),
+  (11, BatchMean, "all-reduce"),
+  (12, NotWritable, "option"),
+]
+
+
+@pytest.mark.parametrize("law, cls, where", BROKEN, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_broken_reducer_is_caught(law, cls, where):
+  with pytest.raises(LawError) as caught:
+    check_reducer(cls, laws=(law,))
+  assert caught.value.law == law
+  assert f"law {law} (" in str(caught.value) and cls.__name__ in str(caught.value)
+  assert where in str(caught.value)
+  assert testing.PRIVATE not in REGISTRY
+
+
+def test_sound_reducer_of_a_user_passes():
+  check_reducer(Norm(), laws=(1, 2, 3, 4, 5, 6, 7, 9, 10))
+
+
+def test_relaxed_reducer_is_not_held_to_law_2():
+  check_reducer(NotExact, laws=(2,))
+
+
+def test_arguments():
+  with pytest.raises(TypeError, match="takes a tokred Reducer"):
+    check_reducer(nn.Dense(3))
+  with pytest.raises(ValueError, match=r"laws has 13; valid: 1 to 12"):
+    check_reducer(Norm, laws=(13,))
+
+  class Odd(Reducer):
+    needs = ("kee",)
+
+  with pytest.raises(ValueError, match="did you mean 'key'"):
+    check_reducer(Odd)
+
+
+@pytest.mark.parametrize("module", [ToMe(), DiffRateMerge()], ids=["tome", "diffrate_merge"])
+def test_tied_pairs_go_to_the_lower_index(module):
+  """All tokens alike: the sources of lowest index leave (ToMe), the last ranks leave (DiffRate), into the first."""
+  case = testing.make_cases(module)["prefix"]
+  tied = jax.tree.map(lambda a: jnp.ones_like(a), case.tokens.feats)
+  result = case.programs.run(case.tokens.replace(x=jnp.ones_like(case.tokens.x), feats=tied), 14)
+  owner = np.asarray(result.plan.owner[0])
+  gone = (2, 4, 6) if isinstance(module, ToMe) else (14, 15, 16)
+  into = 3 if isinstance(module, ToMe) else 2  # 0 and 1 are protected
+  assert owner.tolist() == [into if i in gone else i for i in range(17)]

@@ -1,0 +1,96 @@
+"""Counts and their gradients against hand arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokred import rates
+from tokred import tokens as tk
+
+
+@pytest.mark.parametrize(
+  "r, depth, want",
+  [
+    (13, 12, [13] * 12),
+    ((6, -1.0), 6, [12, 9, 7, 4, 2, 0]),
+    ((16, -1.0), 12, [32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0]),
+    ((13, -0.5), 12, [19, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7]),
+    ((7, 1.0), 8, [0, 2, 4, 6, 8, 10, 12, 14]),
+    ((8, -1.0), 24, [16, 15, 14, 13, 13, 12, 11, 11, 10, 9, 9, 8, 7, 6, 6, 5, 4, 4, 3, 2, 2, 1, 0, 0]),
+    ((3, 0.3), 5, [2, 2, 3, 3, 4]),
+    (5, 1, [5]),
+  ],
+)
+def test_tome_schedule_is_the_authors(r, depth, want):
+  assert rates.tome_schedule(r, depth) == want
+
+
+@pytest.mark.parametrize(
+  "step, want",
+  [(0, 1.0), (500, 1.0), (1000, 1.0), (1150, 0.9998334812442955), (4000, 0.938167787843871), (6000, 0.85),
+   (11000, 0.7), (20000, 0.7)],
+)  # fmt: skip
+def test_cosine_keep_is_evits_table(step, want):
+  assert rates.cosine_keep(0.7, step, 1000, 11000) == pytest.approx(want, abs=1e-12)
+
+
+def test_candidates_descend_while_positive():
+  assert rates.candidates(10, 4) == (10, 6, 2)
+  assert rates.candidates(8, 4) == (8, 4)
+  assert rates.candidates(3, 1) == (3, 2, 1)
+  assert rates.candidates(5, 9) == (5,)
+
+
+@pytest.mark.parametrize("granularity, want", [(4, 100), (2, 99), (1, 99)])
+def test_a_uniform_rate_keeps_half_exactly(granularity, want):
+  # g=4: 196, 192 .. 4 has mean 100; g=2: 196 .. 2 has mean 99; g=1: 196 .. 1 has mean 98.5, rounded up.
+  counts = rates.candidates(196, granularity)
+  zeros = jnp.zeros(len(counts))
+  assert float(rates.kept_count(zeros, counts)) == want
+  assert float(jax.jit(lambda z: rates.kept_count(z, counts))(zeros)) == want
+
+
+def test_gradients_are_those_of_diffrate():
+  # d pi_j / d theta_k = rho_k (1[j < c_k + 1] - pi_j);  d n / d theta_k = rho_k (c_k - E), through the ceil.
+  counts, protected = (7, 5, 3, 1), 1
+  theta = jnp.array([0.3, -0.2, 0.5, 0.1])
+  rho = np.exp(np.asarray(theta, float)) / np.exp(np.asarray(theta, float)).sum()
+  mean = (rho * counts).sum()
+  np.testing.assert_allclose(rates.expected(theta, counts), mean, rtol=1e-6)
+  assert float(rates.kept_count(theta, counts)) == np.ceil(mean)
+  np.testing.assert_allclose(jax.grad(rates.kept_count)(theta, counts), rho * (np.array(counts) - mean), atol=1e-6)
+  reach = np.arange(8)[:, None] < np.array(counts) + protected
+  pi = (reach * rho).sum(1)
+  got = rates.survival(theta, counts, 8, protected)
+  np.testing.assert_allclose(got, pi, rtol=1e-6)
+  np.testing.assert_allclose(
+    jax.jacobian(rates.survival)(theta, counts, 8, protected), rho * (reach - pi[:, None]), atol=1e-6
+  )
+
+
+def test_survival_is_one_for_the_protected_and_does_not_rise():
+  pi = np.asarray(rates.survival(jnp.array([1.0, 0.0, 2.0]), (6, 4, 2), 10, 2))
+  np.testing.assert_allclose(pi[:4], 1.0, rtol=1e-6)  # 2 protected and the 2 that every candidate keeps
+  assert (np.diff(pi) <= 1e-7).all() and pi[8] == pi[9] == 0.0
+
+
+def test_kept_count_never_falls_below_one():
+  assert float(rates.kept_count(jnp.array([0.0]), (0,))) == 1.0
+
+
+def test_learned_counts_the_protected():
+  module = rates.Learned((8, 4), 2)
+  variables = module.init(jax.random.key(0), 10)
+  assert variables["params"]["logits"].tolist() == [0.0, 0.0]
+  count, survival = module.apply(variables, 10)
+  assert float(count) == 6 + 2  # (8 + 4) / 2
+  np.testing.assert_allclose(survival, [1.0] * 6 + [0.5] * 4)
+
+
+def test_threshold_counts_what_passes_up_to_its_capacity():
+  tokens = tk.start(jnp.zeros((3, 5, 2)), 1)
+  tokens = tokens.replace(mask=jnp.arange(5)[None] < jnp.array([[5], [5], [3]]))
+  score = jnp.array([[-9, 0.5, 0.2, 0.5, 0.9], [-9, 1, 1, 1, 1], [-9, 0.1, 0.9, 0.9, 0.9]])
+  # row 0: CLS and three of at least 0.5; row 1: five pass, four fit; row 2: CLS and one of the three alive
+  assert rates.Threshold(0.5, 4).count(tokens, score).tolist() == [4, 4, 2]

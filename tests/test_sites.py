@@ -1,0 +1,202 @@
+"""config.sites: every error in one line, before anything is compiled; order, counts, tuples, schedules."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import tokred.reducers  # noqa: F401 (registers)
+from tokred import sites
+from tokred.config import complete
+from tokred.nn import vit
+from tokred.sites import Stack
+
+STACK = Stack(depth=4, num_tokens=17, num_protected=1)
+TOPK = dict(reducer="topk", layers=(1,), keep=0.5)
+
+
+def parse(stack=STACK, **named):
+  return sites.parse(named, stack)
+
+
+def counts(**named):
+  return parse(**named).counts()
+
+
+@pytest.mark.parametrize(
+  "site, message",
+  [
+    (dict(layers=(1,), keep=0.5), r"sites.s.reducer is missing; valid: .*topk"),
+    (dict(TOPK, reducer="topc"), r"sites.s.reducer='topc' is not a reducer; did you mean 'topk'\?"),
+    (dict(TOPK, reducer=("topk", "tomee"), keep=((0.5,), (0.5,))), r"sites.s.reducer='tomee' .*did you mean 'tome'"),
+    (dict(TOPK, place="around"), r"sites.s.place='around' does not suit reducer 'topk'; valid: attn, before, output"),
+    (dict(TOPK, stack="llm"), r"sites.s.stack='llm' does not exist in this model; valid: encoder"),
+    (dict(reducer="topk", keep=0.5), r"sites.s.layers is missing; valid: a tuple of block numbers from 0 to 3"),
+    (dict(TOPK, layers=(1, 4)), r"sites.s.layers has 4, but the encoder has layers 0 to 3"),
+    (dict(TOPK, layers=(1, -1)), r"sites.s.layers has -1, "),
+    (dict(TOPK, layers=("1",)), r"sites.s.layers has '1', "),
+    (dict(TOPK, layers=(1, 1)), r"sites.s.layers=\(1, 1\) names a layer twice"),
+    (dict(TOPK, rate="lerned"), r"sites.s.rate='lerned' is not a rate; did you mean 'learned'\?"),
+    (dict(TOPK, rate="learned"), r"sites.s.keep is learned: drop the field, or set sites.s.rate='fixed'"),
+    (dict(TOPK, r=2), r"sites.s needs exactly one of keep \(share or number of tokens\) and r"),
+    (dict(reducer="topk", layers=(1,)), r"sites.s needs exactly one of keep"),
+    (dict(TOPK, rate="threshold"), r"sites.s.threshold is missing: the smallest score that stays"),
+    (dict(TOPK, rate="scheduled"), r"sites.s.rate='scheduled' needs one reducer, keep as a share, and schedule="),
+    (dict(TOPK, keep=9, rate="scheduled", schedule=(0, 9)), r"sites.s.rate='scheduled' needs one reducer"),
+    (dict(reducer="router", layers=(1,), rate="learned"), r"'learned' is not available at place='around'; valid: b"),
+    (dict(TOPK, granularity=0), r"sites.s.granularity=0 must be an int of at least 1"),
+    (dict(TOPK, granularity=1.5), r"sites.s.granularity=1.5 must be an int"),
+    (
+      dict(TOPK, place="before", layers=(0, 1)),
+      r"sites.s.layers has 0, but 'topk' reads cls_attention of the block be",
+    ),
+    (dict(TOPK, fuze=True), r"sites.s.fuze is not a field of a site or of \('topk',\); did you mean 'fuse'\?"),
+    (dict(TOPK, score="key_nrm"), r"sites.s.score='key_nrm' is not a score; did you mean 'key_norm'\?"),
+    (dict(TOPK, score="key_norm", fuse=True), r"sites.s.fuse=True weighs with score='cls_attention', not 'key_norm'"),
+    (dict(TOPK, reducer="router", gate="sigmiod"), r"sites.s.gate='sigmiod' is not a gate; did you mean 'sigmoid'\?"),
+    (dict(reducer="tome", layers=(1,), r=(1, 2, 3)), r"sites.s.r=\(1, 2, 3\) has 3 entries for 1 layers"),
+    (dict(reducer=("topk", "diffrate_merge"), layers=(1,), keep=0.5), r"sites.s.keep=0.5 must be a tuple with one e"),
+    (dict(TOPK, keep=(0.5, 0.4)), r"sites.s.keep=\(0.5, 0.4\) has 2 entries for 1 layers"),
+    (dict(TOPK, keep=True), r"sites.s.keep=True must be a share \(float up to 1.0\) or a number of tokens \(int\)"),
+    (dict(TOPK, keep="half"), r"sites.s.keep='half' must be a share"),
+    (dict(TOPK, keep=0.0), r"sites.s.keep=0.0 must be above 0.0 and at most 1.0"),
+    (dict(TOPK, keep=-0.5), r"sites.s.keep=-0.5 must be above 0.0"),
+    (dict(TOPK, keep=2.5), r"sites.s.keep=2.5 must be a share up to 1.0 or a whole number of tokens"),
+    (dict(TOPK, keep=18), r"sites.s: keep=18 but only 17 tokens arrive at layer 1; lower config.sites.s.keep or move"),
+    (dict(TOPK, layers=(1, 2), keep=(9, 12)), r"keep=12 but only 9 tokens arrive at layer 2"),
+    (dict(TOPK, keep=1), r"sites.s: keep=1 leaves 1 of 17 tokens at layer 1, but 'topk' can go down to 2; raise"),
+    (
+      dict(reducer="tome", layers=(1,), keep=8),
+      r"keep=8 leaves 8 of 17 tokens at layer 1, but 'tome' can go down to 9",
+    ),
+    (dict(reducer="tome", layers=(1,), r=-1), r"sites.s.r=-1 must be a number of tokens, 0 or more"),
+  ],
+)
+def test_errors(site, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    parse(s=site)
+  assert "\n" not in str(caught.value)
+
+
+def test_error_without_cls():
+  with pytest.raises(ValueError, match=r"scores by cls_attention, but config.model.pool leaves this model without a"):
+    parse(Stack(4, 16, 0, has_cls=False), s=TOPK)
+
+
+def test_error_of_two_sites_at_one_place():
+  with pytest.raises(ValueError, match=r"sites.b and sites.a both act in layer 1 at place='attn', and names give no"):
+    parse(a=TOPK, b=dict(reducer="tome", layers=(1,), r=2))
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("variant", "Q/16", r"config.model.variant='Q/16' must be size/patch; sizes: mu, Ti, S, B, L, So400m, H, g"),
+    ("variant", "S16", r"config.model.variant='S16' must be size/patch"),
+    ("variant", "S/0", r"config.model.variant='S/0' must be size/patch"),
+    ("pool", "mean", r"config.model.pool='mean' is unknown; .*valid: avg, cls, map"),
+    ("position", "sincos", r"config.model.position='sincos' is unknown; did you mean 'sincos2d'\?"),
+    ("dtype", "float16", r"config.model.dtype='float16' is unknown; did you mean 'bfloat16'\?"),
+    ("attention", "flash", r"config.model.attention='flash' is not an implementation"),
+    ("num_heads", 5, r"config.model.num_heads=5 does not divide width=192"),
+    (
+      "image_size",
+      (224, 225),
+      r"config.model.image_size=\(224, 225\) must be \(height, width\), multiples of patch 16",
+    ),
+    ("image_size", (224,), r"config.model.image_size=\(224,\) must be"),
+    ("image_size", (8, 8), r"config.model.image_size=\(8, 8\) must be"),
+    ("num_classes", 0, r"config.model.num_classes=0 must be at least 1"),
+    ("drop_path", 1.0, r"config.model.drop_path=1.0 must be in \[0, 1\)"),
+  ],
+)
+def test_model_errors(field, value, message):
+  config = complete({"model": {field: value}}).model
+  with pytest.raises(ValueError, match=message):
+    vit.shape(config)
+
+
+def test_model_errors_of_two_fields():
+  with pytest.raises(ValueError, match=r"config.model.distilled=True needs pool='cls', not 'avg'"):
+    vit.shape(complete({"model": dict(distilled=True, pool="avg")}).model)
+  with pytest.raises(ValueError, match=r"config.model.width=6 must be a multiple of 4 for position='sincos2d'"):
+    vit.shape(complete({"model": dict(width=6, num_heads=2, position="sincos2d")}).model)
+
+
+def test_counts_by_hand():
+  assert counts() == (17,) * 4
+  assert counts(s=dict(TOPK, layers=(1, 3))) == (17, 9, 9, 5)  # ceil(16/2)+1, ceil(8/2)+1
+  assert counts(s=dict(TOPK, layers=(1, 3), keep=(12, 0.5))) == (17, 12, 12, 7)  # ceil(11/2)+1
+  assert counts(s=dict(TOPK, fuse=True)) == (17, 10, 10, 10)  # the fused token on top
+  assert counts(s=dict(reducer="tome", layers=range(4), r=3)) == (14, 11, 8, 5)
+  assert counts(s=dict(reducer="tome", layers=range(4), r=40)) == (9, 5, 3, 2)  # half of what is not protected
+  assert counts(s=dict(reducer="tome", layers=(0, 1, 2), r=(5, 2))) == (12, 10, 10, 10)  # a short list goes on with 0
+  assert counts(s=dict(reducer="tome", layers=(0, 1, 2), r=(2, -1.0))) == (13, 11, 11, 11)  # 4, 2, 0
+  assert counts(s=dict(reducer="gumbel", layers=(1, 2), keep=(0.7, 0.49))) == (17, 12, 8, 8)  # int(16 rho) + 1
+  assert counts(s=dict(reducer="router", layers=(1, 3), keep=0.25)) == (17,) * 4  # they come back
+  assert counts(s=dict(TOPK, layers=(), place="output", keep=5)) == (17,) * 4
+  assert counts(s=dict(reducer="topk", layers=(1, 2), rate="learned")) == (17,) * 4
+
+
+def test_order_comes_from_layer_place_and_slot_never_from_names():
+  parsed = parse(
+    z=dict(reducer="router", layers=(1,), keep=12),
+    y=dict(reducer="gumbel", layers=(1,), keep=16),
+    a=dict(TOPK, layers=(1, 3), keep=(10, 9)),
+    b=dict(TOPK, place="output", layers=(), keep=4),
+  )
+  assert [(s.site, s.layer, s.place) for s in parsed.spots] == [
+    ("y", 1, "before"), ("z", 1, "around"), ("a", 1, "attn"), ("a", 3, "attn"), ("b", -1, "output"),
+  ]  # fmt: skip
+  assert [(s.arriving, s.keep) for s in parsed.spots] == [(17, 16), (16, 12), (12, 10), (16, 9), (9, 4)]
+  assert parsed.counts() == (17, 16, 16, 9)
+
+
+def test_tuple_of_reducers_acts_in_its_order_with_children_of_its_own():
+  parsed = parse(d=dict(reducer=("topk", "diffrate_merge"), layers=(0, 2), keep=((15, 12), (13, 10))))
+  assert [(s.reducer, s.layer, s.keep, s.index) for s in parsed.spots] == [
+    ("topk", 0, 15, 0), ("diffrate_merge", 0, 13, 1), ("topk", 2, 12, 2), ("diffrate_merge", 2, 10, 3),
+  ]  # fmt: skip
+  assert [s.child for s in parsed.spots[:2]] == ["d_0_topk", "d_1_diffrate_merge"]
+  assert parsed.proportional_from == 0 and parse(s=TOPK).proportional_from == -1
+  assert parse(s=dict(TOPK, proportional=True)).proportional_from == 1
+  assert parse(s=dict(reducer="tome", layers=(1,), r=2, proportional=False)).proportional_from == -1
+
+
+def test_needs_and_acts_before():
+  parsed = parse(a=dict(TOPK, layers=(1,)), b=dict(TOPK, score="key_norm", place="before", layers=(3,)))
+  assert [parsed.needs(layer) for layer in range(4)] == [(), ("cls_attention",), ("key",), ()]
+  assert [parsed.acts_before(layer) for layer in range(4)] == [False, False, True, True]
+  assert not parsed.acts_before(3, "threshold")
+  assert [parse(r=dict(reducer="router", layers=(1,), keep=9)).acts_before(n) for n in range(3)] == [False, True, False]
+
+
+def test_scheduled_counts_fall_from_all_to_keep():
+  config = dict(s=dict(TOPK, layers=(1, 2), keep=(0.5, 0.25), rate="scheduled", schedule=(10, 20)), t=dict(
+    reducer="tome", layers=(0,), r=1))  # fmt: skip
+  assert sites.scheduled(config, STACK, 0) == {"s": (16, 16)}  # all that arrive
+  assert sites.scheduled(config, STACK, 10) == {"s": (16, 16)}
+  # half way along the cosine: 0.75 and 0.625 of 15 and 12 patches: 12 + 1, ceil(7.5) + 1
+  assert sites.scheduled(config, STACK, 15) == {"s": (13, 9)}
+  assert sites.scheduled(config, STACK, 99) == {"s": (9, 3)}
+
+
+def test_share_and_candidates():
+  parsed = parse(s=dict(TOPK, layers=(1, 2)))
+  assert [spot.share for spot in parsed.spots] == [0.5, 0.25]
+  spot = parse(s=dict(reducer="topk", layers=(1,), rate="learned", granularity=5)).spots[0]
+  assert spot.candidates == (16, 11, 6, 1) and spot.keep == 17
+
+
+def test_profile_follows_traced_counts():
+  parsed = parse(s=dict(reducer="topk", layers=(1, 2), rate="learned"))
+  profile = parsed.profile(32, 2, {"s": (jnp.float32(9), jnp.float32(5))})
+  assert [float(n) for n in profile.attention] == [17, 17, 9, 5] and [float(n) for n in profile.mlp] == [17, 9, 5, 5]
+  routed = parse(s=dict(reducer="router", layers=(1,), keep=5)).profile(32, 2)
+  assert routed.attention == (17, 5, 17, 17) and routed.mlp == (17, 5, 17, 17) and routed.final == 17
+
+
+def test_a_learned_rate_does_not_gather():
+  config = complete({"model": dict(variant="mu/4", depth=2, image_size=(8, 8))}).model
+  model = vit.make(config, {"s": dict(reducer="topk", layers=(0,), rate="learned")})
+  with pytest.raises(ValueError, match=r"sites.s.rate='learned' has no integer counts yet: call tokred.freeze"):
+    jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), mode="gather"))

@@ -1,0 +1,224 @@
+"""The ViT's variants and options; the real sizes by shape only."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokred.config import complete
+from tokred.nn import vit
+
+QUICK = {"xla_backend_optimization_level": 0}  # these programs run once: their time is that of the compiler
+
+
+def make(sites=None, **fields):
+  fields = dict(variant="mu/4", width=16, mlp_dim=32, depth=2, image_size=(16, 16), num_classes=5) | fields
+  return vit.make(complete({"model": fields}).model, sites or {})
+
+
+def images(module, batch=2):
+  height, width = (side * module.shape.patch for side in module.shape.grid)
+  return jnp.asarray(np.random.default_rng(0).normal(size=(batch, height, width, 3)), jnp.float32)
+
+
+def params(module, seed=0):
+  """Random everywhere, also where the initial value is zero."""
+  rng, shapes = np.random.default_rng(seed), shapes_of(module)
+  scale = lambda s: 1 / np.sqrt(max(s.shape[0], 4))  # noqa: E731
+  return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * scale(s), s.dtype), shapes)
+
+
+def shapes_of(module, **kwargs):
+  return jax.eval_shape(functools.partial(module.init, mode="mask", **kwargs), jax.random.key(0), images(module, 1))
+
+
+def apply(module, variables, x, **kwargs):
+  return jax.jit(lambda v, x: module.apply(v, x, **kwargs), compiler_options=QUICK)(variables, x)
+
+
+def count(tree):
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+  "variant, size, tokens, millions",
+  [
+    ("Ti/16", 224, 197, 5.717),  # timm's counts for 1000 classes
+    ("S/16", 224, 197, 22.05),
+    ("B/16", 224, 197, 86.57),
+    ("B/32", 224, 50, 88.22),
+    ("L/14", 336, 577, 304.7),
+    ("So400m/14", 384, None, None),
+    ("H/14", 224, 257, 632.0),
+    ("g/14", 224, 257, 1012.6),
+  ],
+)
+def test_real_sizes_by_shape(variant, size, tokens, millions):
+  if tokens is None:  # 384 is no multiple of 14: SigLIP's own preprocessing crops to 378
+    with pytest.raises(ValueError, match="multiples of patch 14"):
+      vit.make(complete({"model": dict(variant=variant, image_size=(size, size))}).model, {})
+    size, tokens, millions = 378, 729, None
+  pool = "map" if variant.startswith("So") else "cls"
+  config = complete({"model": dict(variant=variant, image_size=(size, size), pool=pool)}).model
+  module = vit.make(config, {"s": dict(reducer="tome", layers=(0, 5, 10), r=8)} if variant in ("L/14", "Ti/16") else {})
+  x = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+  out, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+  assert module.shape.num_tokens == tokens
+  assert out.logits.shape == (2, 1000) and out.tokens.x.shape[1] == module.sites.counts()[-1]
+  if millions:
+    assert count(variables) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+  "fields, tokens, extra",
+  [
+    (dict(), 17, {"cls_token", "pos_embed"}),
+    (dict(num_registers=3), 20, {"cls_token", "pos_embed", "registers"}),
+    (dict(distilled=True), 18, {"cls_token", "dist_token", "pos_embed", "head_dist"}),
+    (dict(pool="avg"), 16, {"pos_embed"}),
+    (dict(pool="map", position="sincos2d"), 16, {"pool"}),
+    (dict(image_size=(8, 24), num_registers=1), 14, {"cls_token", "pos_embed", "registers"}),
+  ],
+  ids=["cls", "registers", "distilled", "avg", "map", "wide"],
+)
+def test_options(fields, tokens, extra):
+  module = make({"s": dict(reducer="tome", layers=(0,), r=3)}, **fields)
+  variables = params(module)
+  common = {"patch_embed", "block_0", "block_1", "norm", "head"}
+  assert set(variables["params"]) == common | extra
+  masked, gathered = (apply(module, variables, images(module), mode=mode) for mode in ("mask", "gather"))
+  assert masked.tokens.x.shape == (2, tokens, 16) and gathered.counts == (tokens - 3,) * 2
+  np.testing.assert_allclose(masked.logits, gathered.logits, rtol=1e-4, atol=1e-4)
+  prefix = module.shape.num_prefix_tokens
+  np.testing.assert_array_equal(gathered.tokens.protected.sum(1), [prefix] * 2)
+  assert masked.logits.dtype == jnp.float32 and np.isfinite(masked.logits).all()
+
+
+def test_distilled_logits_are_the_mean_of_both_heads():
+  module = make(distilled=True, depth=1)
+  variables = params(module)
+  out = apply(module, variables, images(module))
+  p, x = variables["params"], np.asarray(out.tokens.x)
+  first, second = (x[:, i] @ p[h]["kernel"] + p[h]["bias"] for i, h in enumerate(("head", "head_dist")))
+  np.testing.assert_allclose(out.logits, (first + second) / 2, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(out.aux["logits_dist"], second, rtol=1e-4, atol=1e-4)
+
+
+def test_average_pool_reads_the_living_patches():
+  module = make({"s": dict(reducer="topk", score="key_norm", layers=(1,), keep=6)}, pool="avg", num_registers=2)
+  out = apply(module, params(module), images(module), mode="mask")
+  alive = np.asarray(out.tokens.alive & ~out.tokens.protected)
+  assert alive.sum(1).tolist() == [4, 4]
+  want = np.stack([np.asarray(out.tokens.x)[b][alive[b]].mean(0) for b in range(2)])
+  np.testing.assert_allclose(out.features, want, rtol=1e-5, atol=1e-6)
+
+
+def test_sincos2d_by_hand():
+  # width 8: frequencies 1 and 1e-4; columns [sin x, cos x, sin y, cos y], rows row-major over (y, x)
+  table = vit.sincos2d((2, 3), 8)[0]
+  y, x = 1, 2
+  want = [np.sin(x), np.sin(x * 1e-4), np.cos(x), np.cos(x * 1e-4), np.sin(y), np.sin(y * 1e-4), np.cos(y)]
+  np.testing.assert_allclose(table[5], [*want, np.cos(y * 1e-4)], rtol=1e-6)
+  assert table.shape == (6, 8) and table.dtype == np.float32
+
+
+def test_registers_have_no_position_and_stand_behind_cls():
+  module = make(num_registers=2, depth=1)
+  variables = params(module)
+  assert variables["params"]["pos_embed"].shape == (1, 17, 16) and variables["params"]["registers"].shape == (1, 2, 16)
+  here = lambda _, method: method == "_embed"  # noqa: E731
+  run = lambda v, x: module.apply(v, x, capture_intermediates=here)[1]["intermediates"]["_embed"][0]  # noqa: E731
+  p = variables["params"]
+  p["patch_embed"] = jax.tree.map(jnp.zeros_like, p["patch_embed"])
+  x = jax.jit(run)(variables, images(module))
+  np.testing.assert_allclose(x[0, 1:3], p["registers"][0], rtol=1e-6)
+  np.testing.assert_allclose(x[0, 0], p["cls_token"][0, 0] + p["pos_embed"][0, 0], rtol=1e-6)
+  np.testing.assert_allclose(x[0, 3], p["pos_embed"][0, 1], rtol=1e-6)
+
+
+def test_layer_scale_and_qk_norm_have_their_parameters():
+  variables = shapes_of(make(layer_scale=1e-4, qk_norm=True, qkv_bias=False))["params"]["block_0"]
+  assert variables["layer_scale1"].shape == variables["layer_scale2"].shape == (16,)
+  assert variables["attn"]["q_norm"]["scale"].shape == (8,) and "bias" not in variables["attn"]["qkv"]
+  module = make(layer_scale=1e-3)
+  initial = jax.jit(module.init, compiler_options=QUICK)(jax.random.key(0), images(module))
+  np.testing.assert_allclose(initial["params"]["block_1"]["layer_scale2"], 1e-3)
+
+
+def test_qk_norm_makes_logits_blind_to_the_scale_of_q_and_k():
+  module = make(qk_norm=True, depth=1)
+  variables = params(module)
+  scaled = jax.tree.map(lambda leaf: leaf, variables)
+  qkv = scaled["params"]["block_0"]["attn"]["qkv"]
+  scaled["params"]["block_0"]["attn"]["qkv"] = jax.tree.map(lambda a: a.at[..., :2, :, :].multiply(5.0), qkv)
+  a, b = (apply(module, v, images(module)).logits for v in (variables, scaled))
+  np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_drop_path_grows_with_depth_and_keeps_the_mean():
+  module = make(drop_path=0.5, depth=2)
+  variables, x = params(module), images(module, 1)
+  run = jax.jit(
+    jax.vmap(lambda key: module.apply(variables, x, train=True, rngs={"dropout": key}).features[0]),
+    compiler_options=QUICK,
+  )
+  outs = np.asarray(run(jax.random.split(jax.random.key(0), 64)))
+  # block 0 has rate 0, block 1 rate 0.5 on each of two branches: four outcomes
+  assert len(np.unique(outs.round(4), axis=0)) == 4
+  evaluated = apply(module, variables, x).features
+  assert np.abs(evaluated - apply(make(depth=2), variables, x).features).max() == 0
+
+
+def test_remat_equals_no_remat():
+  sites = {"s": dict(reducer="gumbel", layers=(1,), keep=0.5)}
+  plain, remat = make(sites), make(sites, remat=True)
+  variables, x = params(plain), images(plain)
+  assert jax.tree.structure(shapes_of(remat)) == jax.tree.structure(variables)
+  for mode, train in (("mask", True), ("gather", False)):
+
+    def loss(v, module, mode=mode, train=train):
+      return module.apply(v, x, mode=mode, train=train, rngs={"reduce": jax.random.key(1)}).logits.sum()
+
+    a, b = (
+      jax.jit(jax.value_and_grad(functools.partial(loss, module=m)), compiler_options=QUICK)(variables)
+      for m in (plain, remat)
+    )
+    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-4, atol=1e-4), a, b)
+
+
+@pytest.mark.parametrize("mode", ["mask", "gather"])
+def test_bfloat16_follows_float32(mode):
+  sites = {"s": dict(reducer="topk", layers=(0,), keep=9)}
+  low, high = make(sites, dtype="bfloat16"), make(sites)
+  variables = params(low)
+  assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+  a, b = (apply(m, variables, images(m), mode=mode) for m in (low, high))
+  assert a.tokens.x.dtype == jnp.bfloat16 and a.logits.dtype == jnp.float32 and a.tokens.size.dtype == jnp.float32
+  np.testing.assert_allclose(a.logits, b.logits, atol=0.1 * np.abs(b.logits).max())
+
+
+def test_one_compilation_for_all_counts():
+  module = make({"s": dict(reducer="topk", layers=(0, 1), keep=(15, 12))})
+  variables, x, traces = params(module), images(module), []
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def run(keeps):
+    traces.append(1)
+    return module.apply(variables, x, mode="mask", keeps=keeps)
+
+  for first, second in ((17, 17), (15, 12), (9, 3), (2, 2)):
+    out = run({"s": (jnp.int32(first), jnp.int32(second))})
+    assert [float(n) for n in out.counts] == [first, second]
+    gathered = make({"s": dict(reducer="topk", layers=(0, 1), keep=(first, second))})
+    if first == 9:
+      np.testing.assert_allclose(out.logits, apply(gathered, variables, x).logits, rtol=1e-4, atol=1e-4)
+  assert len(traces) == 1
+
+
+def test_reports_come_by_site_and_spot():
+  sites = {"a": dict(reducer="topk", layers=(0, 1), keep=(15, 9)), "b": dict(reducer="router", layers=(1,), keep=12)}
+  out = jax.eval_shape(lambda v, x: make(sites).apply(v, x, mode="mask"), shapes_of(make(sites)), images(make(sites)))
+  assert set(out.aux["reduce/a/score"]) == {0, 1} and set(out.aux["reduce/b/update_weight"]) == {0}
+  assert out.aux["owner/1"].shape == (2, 17)

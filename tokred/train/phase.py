@@ -1,0 +1,117 @@
+"""What is compiled for one config: a run has two phases where rates are learned and then frozen, else one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from tokred import sharding
+from tokred import sites as tokred_sites
+from tokred.model import build, init
+from tokred.nn.vit import ViT
+from tokred.train import optim
+from tokred.train.step import State, init_state, make_step
+
+_AT_LEAST_0: tuple[Callable, str] = (lambda value: value >= 0, "0 or more")
+_AT_LEAST_1: tuple[Callable, str] = (lambda value: value >= 1, "1 or more")
+_RANGES: dict[str, tuple[Callable, str]] = {
+  **{f"train.{name}": _AT_LEAST_1 for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints")},
+  **{name: _AT_LEAST_1 for name in ("eval.batch_size", "rates.multiple_of")},
+  **{name: _AT_LEAST_0 for name in ("seed", "train.steps", "train.eval_every", "rates.freeze_step")},
+  "train.mode": (lambda value: value in ("mask", "gather"), "mask, gather"),
+  "optim.ema": (lambda value: 0 <= value < 1, "0 up to, not including, 1"),
+  "loss.label_smoothing": (lambda value: 0 <= value < 1, "0 up to, not including, 1"),
+  "loss.temperature": (lambda value: value > 0, "above 0"),
+}
+
+
+class Phase:
+  """Module, optimiser, compiled step and the shardings of its state, for one config.
+
+  Args:
+    config: complete; `check` has seen it.
+    mesh: of `tokred.sharding.make_mesh`.
+    total_steps: of the whole run.
+    frozen: whether rates were learned before, so that regexes of `config.optim` may look for their logits in vain.
+
+  Raises:
+    ValueError: an error in the config; nothing is compiled here.
+  """
+
+  def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh, total_steps: int, frozen: bool = False):
+    self.model, self.mesh, self.mode = build(config), mesh, config.train.mode
+    _check_sites(config, self.module)
+    self.scheduled = {spot.site for spot in self.module.sites.spots if spot.rate == "scheduled"}
+    params = jax.eval_shape(lambda: init(self.module, config.seed))
+    self.optimizer, self.schedule = optim.make_optimizer(config.optim, params, total_steps, strict=not frozen)
+    self.rules = sharding.make_rules(config.mesh)
+    self.target = sharding.abstract_sharded(self.new_state, params, mesh=mesh, rules=self.rules)
+    # The state comes out as it went in: else XLA chooses, and a run that is resumed would not be the same program.
+    out = (self.shardings, NamedSharding(mesh, PartitionSpec()))
+    step = make_step(config, self.module, self.optimizer, self.mode)
+    self.step = jax.jit(step, donate_argnums=0, out_shardings=out)
+
+  @property
+  def config(self) -> ConfigDict:
+    return self.model.config
+
+  @property
+  def module(self) -> ViT:
+    return self.model.module
+
+  @property
+  def shardings(self) -> State:
+    return jax.tree.map(lambda leaf: leaf.sharding, self.target)
+
+  def new_state(self, params: Any) -> State:
+    return init_state(params, self.optimizer, self.config.optim.ema)
+
+  def keeps(self, step: int) -> dict[str, np.ndarray] | None:
+    """Counts of scheduled sites at a step, an input of the compiled step."""
+    if not self.scheduled:
+      return None
+    counts = tokred_sites.scheduled(self.config.sites.to_dict(), self.module.sites.stack, step)
+    return {name: np.asarray(values, np.int32) for name, values in counts.items()}
+
+
+def check(config: ConfigDict) -> None:
+  """Checks the numbers of a config that the rest of tokred takes for granted.
+
+  Raises:
+    ValueError: names the field, the value and what is valid.
+  """
+  for name, (valid, words) in _RANGES.items():
+    group, _, field = name.rpartition(".")
+    value = config[group][field] if group else config[field]
+    if not valid(value):
+      raise ValueError(f"config.{name}={value!r}; valid: {words}")
+  for field, value in config.loss.items():
+    if not 0 <= value < float("inf"):
+      raise ValueError(f"config.loss.{field}={value!r}; valid: a finite number, 0 or more")
+
+
+def _check_sites(config: ConfigDict, module: ViT) -> None:
+  """Raises ValueError where `config.train`, `rates` or `loss` ask for what the sites cannot do."""
+  spots = module.sites.spots
+  by_rate = lambda rate: sorted({spot.site for spot in spots if spot.rate == rate})  # noqa: E731
+  learned, scheduled = by_rate("learned"), by_rate("scheduled")
+  if config.train.mode == "gather" and learned:
+    raise ValueError(f"config.train.mode='gather' needs integer counts, but the rate of sites {learned} is learned")
+  if config.train.mode == "gather" and scheduled:
+    raise ValueError(f"config.train.mode='gather' has static counts, but those of sites {scheduled} move")
+  if config.rates.freeze_step and scheduled:
+    raise ValueError(f"config.rates.freeze_step={config.rates.freeze_step}, but the counts of sites {scheduled} move")
+  acts = {
+    "budget": (learned, "no site has rate='learned'"),
+    "keep_ratio": (spots, "there are no sites"),
+    "consistency": (spots, "there are no sites"),
+    "router": ([spot for spot in spots if spot.place == "around"], "no site has place='around'"),
+    "distill_logits": (config.teacher or config.init, "neither config.teacher nor config.init names a teacher"),
+    "distill_tokens": (config.teacher or config.init, "neither config.teacher nor config.init names a teacher"),
+  }
+  for term, (there, problem) in acts.items():
+    if config.loss[term] and not there:
+      raise ValueError(f"config.loss.{term}={config.loss[term]} has nothing to act on: {problem}; set it to 0.0")
