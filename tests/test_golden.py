@@ -21,11 +21,22 @@ GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden" / "vit
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden data at {GOLDEN}")
 
 MODES = ("gather", "mask")
-QUICK = {"xla_backend_optimization_level": 0}  # these programs run once: their time is that of the compiler
 MODELS = {
   "public_vit": dict(width=96, depth=6, num_heads=3, image_size=(64, 64), num_classes=10),
   "public_dist": dict(width=64, depth=4, num_heads=2, image_size=(48, 48), num_classes=7, distilled=True),
 }
+
+
+@functools.cache
+def quick():
+  """Compiler options: these programs run once, so that their time is the time of the compiler."""
+  options = {"xla_backend_optimization_level": 0}
+  older = options | {"xla_cpu_use_fusion_emitters": False}  # newer versions have no other emitters
+  try:
+    jax.jit(jnp.negative, compiler_options=older)(1.0)
+  except jax.errors.JaxRuntimeError:
+    return options
+  return older
 
 
 @functools.cache
@@ -78,7 +89,7 @@ def forward(module, params, images, mode):
     plain = tuple((s.reducer, s.layer, s.options, s.place) for s in spots)
     key = (module.shape, plain, module.sites.proportional_from)
   if key not in COMPILED:
-    COMPILED[key] = jax.jit(functools.partial(traced, module, mode=mode), compiler_options=QUICK)
+    COMPILED[key] = jax.jit(functools.partial(traced, module, mode=mode), compiler_options=quick())
   return COMPILED[key](params, images, keeps=keeps)
 
 
@@ -96,7 +107,7 @@ def value_and_grads(terms, params):
     (grads,) = jax.vmap(pull)(jnp.eye(len(values)))
     return values, grads, aux
 
-  values, grads, aux = jax.jit(run, compiler_options=QUICK)(params)
+  values, grads, aux = jax.jit(run, compiler_options=quick())(params)
   flat = traverse_util.flatten_dict(grads, sep="/")
   return values, [{name: np.asarray(g[i]) for name, g in flat.items()} for i in range(len(values))], aux
 
@@ -418,7 +429,7 @@ def test_tome_matching():
     keep = max(n - case["r"], module.fewest(n, prefix))
     assert keep == case["out_tokens"] == n - case["r_effective"]
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.jit, compiler_options=quick())
     def run(tokens, module=module, keep=keep):
       plan, _ = module.apply({}, tokens, keep, train=False, method="plan")
       plain = plan.replace(weight=tk.average_weight(plan.owner, jnp.ones_like(tokens.size)))
@@ -465,7 +476,7 @@ def test_diffrate_learned_count(i):
   close(grad, get("grad_kept"))
   np.testing.assert_allclose(rates.survival(logits, counts, n, 1), get("token_probability"), atol=1e-6)
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit, compiler_options=quick())
   def masked(logits, tokens):
     def mask(logits):
       plan, _ = topk.TopK().apply({}, tokens, case["kept"], train=False, method="plan")
@@ -490,7 +501,7 @@ def test_diffrate_merging_and_minimum():
   keep, n = case["kept"], case["N"]
   x = jnp.asarray(arrays["m0_x"])
 
-  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.jit, compiler_options=quick())
   def run(tokens):
     plan, report = diffrate.DiffRateMerge().apply({}, tokens, keep, train=True, method="plan")
     tokens = tokens.replace(x=x)

@@ -13,7 +13,7 @@ def test_bridge_gives_the_same_logits_and_gradients():
   config = complete({"model": dict(variant="mu/4", image_size=(16, 16), num_classes=5)}).model
   linen = vit.make(config, {"s": dict(reducer="tome", layers=(0,), r=4)})
   images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-  model = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0)).lazy_init(images)
+  model = nnx.jit(lambda: nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0)).lazy_init(images))()
   rng = np.random.default_rng(0)
   noisy = jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape), p.dtype) / 10, nnx.state(model, nnx.Param))
   nnx.update(model, noisy)

@@ -470,12 +470,15 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-  """Orbax logs a page for each save, and tracebacks of what it raises: leaves warnings, and errors as one line."""
-  if f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname:
+  """Orbax logs a page for each save, and what it raises once more: leaves warnings, and errors that are not raised."""
+  orbax = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
+  if record.name == "asyncio":  # tells of every array that was not written because another one could not be
+    return orbax not in record.getMessage()
+  if orbax not in record.pathname:
     return True
-  record.exc_info = None
-  return record.levelno >= logging.WARNING
+  return record.levelno >= logging.WARNING and not record.exc_info
 
 
 def _quieten_orbax() -> None:
-  logging.getLogger("absl").addFilter(_quiet)  # a filter that is there already is not added twice
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(_quiet)  # a filter that is there already is not added twice

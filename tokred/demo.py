@@ -14,14 +14,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokred import bench, export, loading, viz
-from tokred.data import eval_batches
-from tokred.evaluate import evaluate
+from tokred.evaluate import evaluate, examples
 from tokred.model import Model
 from tokred.train.loop import train
 
 
-def run(dense_config: ConfigDict, learned_config: ConfigDict, workdir: Path) -> dict[str, Any]:
-  """Both trainings, the export and the comparison; returns what `summary.json` holds."""
+def run(dense_config: ConfigDict, learned_config: ConfigDict, workdir: Path, rounds: int = 15) -> dict[str, Any]:
+  """Both trainings, the export and the comparison.
+
+  Args:
+    dense_config: of the dense model.
+    learned_config: of the same with learned rates; its `init` is set to the dense run.
+    workdir: where everything lands; trainings that are there already go on where they stopped.
+    rounds: of the benchmark, see `bench.interleave`.
+
+  Returns:
+    What `summary.json` holds.
+  """
   begin = time.monotonic()
   print(f"1/4  dense model: {workdir / 'dense'}", flush=True)
   train(dense_config, workdir / "dense")
@@ -33,16 +42,16 @@ def run(dense_config: ConfigDict, learned_config: ConfigDict, workdir: Path) -> 
   print(f"3/4  export, and the same logits from a fresh process: {workdir / 'exported'}", flush=True)
   dense, trained = loading.load(workdir / "dense"), loading.load(workdir / "reduced")
   reduced = export.save(trained, workdir / "exported")
-  images, labels = _examples(reduced)
+  images, labels = examples(reduced, 64)
   difference = export.verify(workdir / "exported", images, np.asarray(trained(images).logits))
 
   print("4/4  accuracy and speed", flush=True)
-  (row,) = bench.compare(reduced, dense, (64,), rounds=15)
+  (row,) = bench.compare(reduced, dense, (64,), rounds=rounds)
   summary = {
     "dense": _figures(dense, row.baseline_images_per_second),
     "reduced": _figures(reduced, row.images_per_second),
     "speedup": row.speedup,
-    "export": {"max_abs_diff": max(difference.values()), "by_format": difference},
+    "export": {"max_abs_diff": max(difference.values())},
     "seconds": round(time.monotonic() - begin, 1),
   }
   viz.save_survivors(reduced, images[:6], workdir / "survivors.png", titles=[f"digit {d}" for d in labels[:6]])
@@ -75,20 +84,9 @@ def _figures(model: Model, images_per_second: float) -> dict[str, Any]:
   return {
     "accuracy": result["accuracy"],
     "gflops": model.flops / 1e9,
-    "gmacs": model.macs / 1e9,
     "images_per_second": images_per_second,
     "counts": list(model.counts),
   }
-
-
-def _examples(model: Model, number: int = 64) -> tuple[np.ndarray, np.ndarray]:
-  """The first images of the test split, and their labels."""
-  m, d = model.config.model, model.config.data
-  batches = eval_batches(
-    d, d.eval_split, image_size=m.image_size, channels=m.channels, num_classes=m.num_classes, batch_size=number
-  )
-  batch = next(iter(batches))
-  return batch["image"][batch["mask"]], batch["label"][batch["mask"]]
 
 
 def main() -> None:

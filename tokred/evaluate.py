@@ -70,8 +70,21 @@ def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode
 
 def evaluate(model: Model, split: str | None = None, batch_size: int | None = None) -> dict[str, Any]:
   """A model on a split of `config.data`; see `run`.  Also reports GFLOPs and GMACs of one image."""
+  if model.params is None:
+    raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
+  result = run(model.module, model.params, _batches(model, split, batch_size), model.mode)
+  return result | {"gflops": model.flops / 1e9, "gmacs": model.macs / 1e9}
+
+
+def examples(model: Model, number: int) -> tuple[np.ndarray, np.ndarray]:
+  """The first images of the evaluation split, (number, height, width, channels) as the model takes them, and labels."""
+  batch = next(iter(_batches(model, None, number)))
+  return batch["image"][batch["mask"]], batch["label"][batch["mask"]]
+
+
+def _batches(model: Model, split: str | None, batch_size: int | None) -> Iterable[dict[str, np.ndarray]]:
   c = model.config
-  batches = eval_batches(
+  return eval_batches(
     c.data,
     split or c.data.eval_split,
     image_size=c.model.image_size,
@@ -79,5 +92,3 @@ def evaluate(model: Model, split: str | None = None, batch_size: int | None = No
     num_classes=c.model.num_classes,
     batch_size=batch_size or c.eval.batch_size,
   )
-  result = run(model.module, model.params, batches, model.mode)
-  return result | {"gflops": model.flops / 1e9, "gmacs": model.macs / 1e9}

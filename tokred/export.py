@@ -94,6 +94,7 @@ def save(
     "config": model.config.to_dict(),
     "source_config": source.to_dict(),
   }
+  checkpoint._quieten_orbax()
   temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
   replaced = temporary.with_suffix(".old")
   try:
@@ -112,8 +113,7 @@ def save(
   except Exception as error:  # a full disk is an OSError of ours, and of other types within orbax
     if replaced.exists() and not directory.exists():
       os.replace(replaced, directory)
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
-    raise ExportError(f"{directory} cannot be written: {reason}") from error
+    raise ExportError(f"{directory} cannot be written: {checkpoint._reason(error)}") from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -103,7 +103,7 @@ class Sites:
     return tuple(sorted({need for spot in here + after for need in spot.module().needed()}))
 
   def counts(self) -> tuple[int, ...]:
-    """Tokens leaving each block, and after the `output` sites at the end if there are any, where counts are static."""
+    """Tokens leaving each block, where counts are static; `output` sites come after the last."""
     n, out = self.stack.num_tokens, []
     for layer in range(self.stack.depth):
       around = bool(self.at(layer, "around"))

@@ -13,18 +13,20 @@ from tokred.model import Model
 matplotlib.use("Agg")  # files only: no display is asked for
 from matplotlib import pyplot as plt
 
+DROPPED = np.array((0.24, 0.36, 0.62))  # a tint, since black says nothing on a dark background
 
-def survivors(owner: np.ndarray, source: int) -> tuple[np.ndarray, np.ndarray]:
-  """What became of each source token.
+
+def survivors(owner: np.ndarray, num_prefix_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+  """What became of each patch.
 
   Args:
     owner: (S,) int32 of `Tokens.owner`, -1 where nothing represents the source token.
-    source: number of prefix tokens before the patches.
+    num_prefix_tokens: source tokens before the patches.
 
   Returns:
     kept (P,) bool: something represents the patch; shared (P,) bool: that token represents other patches too.
   """
-  patches = owner[source:]
+  patches = owner[num_prefix_tokens:]
   members = np.bincount(patches[patches >= 0], minlength=owner.size)
   kept = patches >= 0
   return kept, kept & (members[np.maximum(patches, 0)] > 1)
@@ -39,7 +41,7 @@ def save_survivors(
 ) -> Path:
   """Draws, a row an image and a column a block that reduces, which patches are left.
 
-  Dropped patches are dark; patches that share a token with others have a frame, each token's in its own colour.
+  Dropped patches are tinted; patches that share a token have frames, of one colour for each token.
 
   Args:
     model: with parameters.
@@ -50,43 +52,68 @@ def save_survivors(
   Returns:
     The path.
   """
-  output, shape = model.inspect(images), model.module.shape
-  owners = {int(k.split("/")[1]): np.asarray(v) for k, v in output.aux.items() if k.startswith("owner/")}
-  layers = [k for k in sorted(owners) if k == 0 or (owners[k] != owners[k - 1]).any()]
+  shape = model.module.shape
+  stages = _stages(model, images)
   mean, std = (np.asarray(model.config.data[name], np.float32) for name in ("mean", "std"))
-  pictures = np.clip(np.asarray(images) * std + mean, 0, 1)
-  rows, columns = len(images), len(layers) + 1
-  figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.6 * rows), squeeze=False)
+  pictures = np.clip(np.asarray(images) * std + mean, 0, 1) * np.ones(3)  # grey images become RGB
+  rows, columns = len(pictures), len(stages) + 1
+  figure, axes = plt.subplots(
+    rows, columns, figsize=(max(1.7 * columns, 5.0), 1.7 * rows + 0.6), squeeze=False, layout="constrained"
+  )
   for row, picture in enumerate(pictures):
-    _draw(axes[row, 0], picture, "image" if not row else "", titles[row] if titles else "")
-    for column, layer in enumerate(layers, 1):
-      owner = owners[layer][row]
-      kept, shared = survivors(owner, shape.num_prefix_tokens)
-      shade = np.where(kept, 1.0, 0.15).reshape(shape.grid)
-      shade = np.kron(shade, np.ones((shape.patch, shape.patch)))[..., None]
-      _draw(axes[row, column], picture * shade, f"block {layer}: {model.counts[layer]}" if not row else "", "")
-      _frames(axes[row, column], owner[shape.num_prefix_tokens :], shared, shape)
-  figure.tight_layout()
+    _draw(axes[row, 0], picture, "" if row else f"image: {shape.num_tokens} tokens", titles[row] if titles else "")
+    for column, (name, owners) in enumerate(stages, 1):
+      kept, shared = survivors(owners[row], shape.num_prefix_tokens)
+      tint = np.kron(kept.reshape(shape.grid), np.ones((shape.patch, shape.patch)))[..., None]
+      title = "" if row else f"{name}: {_count(owners)} tokens"
+      _draw(axes[row, column], np.where(tint, picture, 0.2 * picture + 0.8 * DROPPED), title, "")
+      _frames(axes[row, column], owners[row][shape.num_prefix_tokens :], shared, shape)
+  figure.supxlabel("blue: dropped; frames of one colour: merged into one token; else a token of its own", fontsize=8)
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.tmp")
-  figure.savefig(temporary, format="png", dpi=120)
-  plt.close(figure)
-  os.replace(temporary, path)
+  try:
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, path)
+  finally:
+    plt.close(figure)
+    temporary.unlink(missing_ok=True)
   return path
 
 
+def _stages(model: Model, images: np.ndarray) -> list[tuple[str, np.ndarray]]:
+  """(name, owner (B, S)) after every block that changed who represents whom, and after the `output` sites."""
+  output, depth = model.inspect(images), model.module.shape.depth
+  owners = [np.asarray(output.aux[f"owner/{layer}"]) for layer in range(depth)] + [np.asarray(output.tokens.owner)]
+  names = [f"block {layer}" for layer in range(depth)] + ["output"]
+  before, stages = np.broadcast_to(np.arange(owners[0].shape[1]), owners[0].shape), []
+  for name, owner in zip(names, owners, strict=True):
+    if not np.array_equal(owner, before):
+      stages.append((name, owner))
+    before = owner
+  return stages
+
+
+def _count(owners: np.ndarray) -> str:
+  """Tokens that are left: one number, or the range where images differ."""
+  counts = [np.unique(owner[owner >= 0]).size for owner in owners]
+  return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
 def _draw(axis: Any, picture: np.ndarray, title: str, label: str) -> None:
-  axis.imshow(picture if picture.shape[-1] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
-  axis.set_title(title, fontsize=7)
-  axis.set_ylabel(label, fontsize=7)
+  axis.imshow(picture)
+  axis.set_title(title, fontsize=8)
+  axis.set_ylabel(label, fontsize=8)
   axis.set_xticks([])
   axis.set_yticks([])
 
 
 def _frames(axis: Any, owner: np.ndarray, shared: np.ndarray, shape: Any) -> None:
   colours = plt.get_cmap("tab20")
+  rank = {token: place for place, token in enumerate(np.unique(owner[shared]))}  # neighbours in rank differ in colour
+  inset = 0.06 * shape.patch
   for index in np.flatnonzero(shared):
     y, x = divmod(int(index), shape.grid[1])
-    corner, size = (x * shape.patch - 0.45, y * shape.patch - 0.45), shape.patch - 0.1
-    axis.add_patch(plt.Rectangle(corner, size, size, fill=False, linewidth=0.9, edgecolor=colours(owner[index] % 20)))
+    corner = (x * shape.patch - 0.5 + inset, y * shape.patch - 0.5 + inset)
+    size, colour = shape.patch - 2 * inset, colours(rank[owner[index]] % 20)
+    axis.add_patch(plt.Rectangle(corner, size, size, fill=False, linewidth=1.3, edgecolor=colour))

@@ -12,6 +12,7 @@ _CACHE = {
   "jax_persistent_cache_min_compile_time_secs": 0,
   "jax_persistent_cache_min_entry_size_bytes": -1,
 }
+_QUICK = "jax_disable_most_optimizations"  # programs that run for milliseconds are not worth seconds of LLVM
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +28,12 @@ def cached(cache_dir):
   before = {name: getattr(jax.config, name) for name in _CACHE}
   for name, value in _CACHE.items():
     jax.config.update(name, value if value != "" else str(cache_dir))
+  jax.config.update(_QUICK, True)
   compilation_cache.reset_cache()
   yield
   for name, value in before.items():
     jax.config.update(name, value)
+  jax.config.update(_QUICK, False)
   compilation_cache.reset_cache()
 
 
@@ -38,6 +41,7 @@ def cached(cache_dir):
 def cached_environment(cache_dir):
   """Environment of a process on one CPU device, with the same cache."""
   cache = {name.upper(): str(value) for name, value in _CACHE.items()} | {"JAX_COMPILATION_CACHE_DIR": str(cache_dir)}
+  cache[_QUICK.upper()] = "1"
   return os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 

@@ -70,3 +70,10 @@ def assert_close(a: dict[str, np.ndarray], b: dict[str, np.ndarray], atol: float
   for name in a:
     if name.startswith(part):
       np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=atol, err_msg=name)
+
+
+def two_processes() -> ConfigDict:
+  """What two processes train: learned rates that are frozen on the way, over a mesh of two devices."""
+  optim = dict(name="sgd", momentum=0.0, lr=0.1, clip_norm=0.0, ema=0.5)
+  loss = dict(budget=1.0, target=0.6)
+  return config(dict(rates=PAIR), mesh=dict(data=2), optim=optim, loss=loss, rates=dict(freeze_step=5))

@@ -216,20 +216,15 @@ def test_eight_devices_equal_one(one_device, stop_at, monkeypatch, tmp_path):
   )
   train(config, tmp_path / "one")
   one = micro.state(tmp_path / "one")
-  for name, axes, stop in (("data", dict(data=8), 2), ("all", dict(data=2, fsdp=2, tensor=2), None)):
+  for name, axes, stop in (("data", dict(data=8), 2), ("all", dict(data=2, fsdp=2, tensor=2), 4)):
     eight = complete(config)
     eight.mesh.update(axes)
-    with monkeypatch.context() as patch:
+    stop_at(stop)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
       patch.setattr(sharding, "make_mesh", one_device)
-      stop_at(stop)
-      if stop:
-        with pytest.raises(Stopped):
-          train(eight, tmp_path / name)
-      else:
-        train(eight, tmp_path / name)
-    if stop:
-      stop_at(None)
-      train(config, tmp_path / name)
+      train(eight, tmp_path / name)
+    stop_at(None)
+    train(config, tmp_path / name)
     micro.assert_close(one, micro.state(tmp_path / name), atol=2e-6)
     for a, b in zip(micro.metrics(tmp_path / "one"), micro.metrics(tmp_path / name), strict=True):
       assert a == pytest.approx(b, rel=1e-4, abs=1e-5)

@@ -5,6 +5,7 @@ sharded from their first moment; then weights of another run over them; then the
 parameters' shardings; last the checkpoint of this run, which overwrites all of it.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -162,6 +163,8 @@ class _Run:
       terms = [
         name for name, value in metrics.items() if not math.isfinite(value) and name not in ("loss", "grad_norm")
       ]
+      with contextlib.suppress(checkpoint.CheckpointError):  # what it would say matters less
+        self.saved.wait()
       good = self.saved.latest_step()
       raise NonFiniteLoss(
         f"step {step}: {', '.join(terms) or 'only the gradient'} of the loss is not finite "

@@ -1,0 +1,114 @@
+"""Every recipe in configs/, in every structural variant, builds, is locked and makes its two steps."""
+
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import tokred
+from tokred import sharding
+from tokred.config import complete, default
+from tokred.train.loop import train
+
+ROOT = Path(__file__).parents[1]
+TFDS = ROOT.parent / "shared" / "data" / "tfds"
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+VARIANTS = {  # arguments beside `learned` and `runlocal`
+  "digits": ("",),
+  "vit": ("dataset=fashion_mnist", "dataset=cifar10", "dataset=image_folder"),
+}
+
+
+def get_config(name, arguments=""):
+  spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(arguments)
+
+
+def join(*parts):
+  return ",".join(filter(None, parts))
+
+
+ALL = [
+  (name, variant, learned)
+  for name in RECIPES
+  for variant, learned in itertools.product(VARIANTS.get(name, ("",)), ("", "learned"))
+]
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+  """data_dir(config): a folder of images made here, or where the TFDS data sets lie; skips where they do not."""
+
+  def find(config):
+    if config.data.name == "digits":
+      return ""
+    if config.data.name == "image_folder":
+      rng = np.random.default_rng(0)
+      for split, label, number in itertools.product(("train", "test"), "ab", range(12)):
+        folder = tmp_path / "images" / split / label
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{number}.jpg")
+      return str(tmp_path / "images")
+    if not (TFDS / config.data.name).is_dir():
+      pytest.skip(f"{config.data.name} is not prepared in {TFDS}")
+    return str(TFDS)
+
+  return find
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  real = sharding.make_mesh
+  monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: real(mesh, devices or jax.devices()[:1]))
+  jax.config.update("jax_disable_most_optimizations", True)  # two steps are not worth seconds of LLVM
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize(("name", "variant", "learned"), ALL)
+def test_full_size_builds(name, variant, learned):
+  config = get_config(name, join(variant, learned))
+  model = tokred.build(config)
+  assert bool(model.module.sites.spots) == bool(learned)
+  assert complete(config).is_locked
+  assert config.to_dict().keys() == default().to_dict().keys()  # no field that nobody reads
+
+
+@pytest.mark.parametrize(("name", "variant", "learned"), ALL)
+def test_runs_two_steps(name, variant, learned, data_dir, one_device, tmp_path):
+  config = get_config(name, join(variant, learned, "runlocal"))
+  with config.unlocked():
+    config.data.data_dir = data_dir(config)
+  summary = train(config, tmp_path / "run")
+  assert summary["step"] == 2 and 0 <= summary["accuracy"] <= 1
+  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [1, 2]
+  if learned:  # frozen after the first step
+    assert "train/budget" in lines[0] and "train/budget" not in lines[1]
+    assert summary["counts"][-1] < tokred.build(config).module.sites.stack.num_tokens
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_misspelt_argument_is_refused(name):
+  with pytest.raises(ValueError, match=r"config argument 'lerned' is unknown; did you mean 'learned'\? valid: .*runlocal"):
+    get_config(name, "lerned")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_misspelt_field_is_refused(name):
+  config = get_config(name).lock()  # as config_flags does
+  with pytest.raises((AttributeError, KeyError), match='Did you mean "batch_size" instead of "batchsize"'):
+    config.train.batchsize = 1
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_docstring_has_the_command(name):
+  text = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
+  assert f"python train.py --config=configs/{name}.py" in text and "--workdir=" in text

@@ -1,0 +1,87 @@
+"""Two processes on this machine, joined by jax.distributed, train as one process does."""
+
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import micro
+import pytest
+
+from tokred import checkpoint, sharding
+from tokred.train.loop import train
+
+FOLDER = Path(__file__).parent
+CODE = """
+  import sys
+  import jax, micro
+  from tokred.train import loop
+  leave = int(sys.argv[2])
+
+  class AtStep(loop._on_sigterm):
+    def _any_asked(self, step):
+      self.asked = jax.process_index() == 1 and 0 < leave <= step  # one of them is asked, and both leave
+      return super()._any_asked(step)
+
+  loop._on_sigterm, loop._LOOK_EVERY = AtStep, 2
+  summary = loop.train(micro.two_processes(), sys.argv[1])
+  print("counts", summary["counts"])
+"""
+
+
+def two(workdir, environment, leave=0):
+  """Exit code, stdout and stderr of both."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+  command = [sys.executable, "-c", textwrap.dedent(CODE), str(workdir), str(leave)]
+  processes = [
+    subprocess.Popen(
+      command,
+      cwd=FOLDER.parents[1],
+      env=environment | names | {"JAX_PROCESS_ID": str(i), "PYTHONPATH": f"{FOLDER}:{FOLDER.parents[1]}"},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    outputs = [process.communicate(timeout=120) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def one_process(cached, tmp_path_factory):
+  workdir, real = tmp_path_factory.mktemp("one"), sharding.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "make_mesh", lambda mesh: real(mesh, jax.devices()[:2]))
+    train(micro.two_processes(), workdir)
+  return workdir
+
+
+def assert_as_one(one, workdir):
+  micro.assert_close(micro.state(one), micro.state(workdir), atol=2e-6)
+  a, b = micro.metrics(one), micro.metrics(workdir)
+  assert [line["step"] for line in a] == [line["step"] for line in b]  # written once, by process 0
+  for x, y in zip(a, b, strict=True):
+    assert x == pytest.approx(y, rel=1e-4, abs=1e-5)
+
+
+def test_two_processes_train_stop_and_resume(one_process, cached_environment, tmp_path):
+  left = two(tmp_path, cached_environment, leave=3)
+  assert [code for code, _, _ in left] == [143, 143], left
+  assert "SIGTERM: saved step 4 of 6" in left[0][2] and "SIGTERM" not in left[1][2]
+  assert checkpoint.steps(tmp_path / checkpoint.FOLDER)[-1] == 4
+  resumed = two(tmp_path, cached_environment)
+  assert [code for code, _, _ in resumed] == [0, 0], resumed
+  assert resumed[0][1] == resumed[1][1] and resumed[0][1].startswith("counts [17, ")
+  assert "at step 4 of 6" in resumed[0][2]
+  assert_as_one(one_process, tmp_path)
+  assert (tmp_path / "summary.json").is_file() and len(list(tmp_path.glob("events*"))) == 2

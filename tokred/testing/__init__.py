@@ -1,0 +1,70 @@
+"""`check_reducer` takes a reducer through the laws of the contract and says which one it breaks, and where.
+
+    from tokred.testing import check_reducer
+    check_reducer(KeyNorm())
+
+Each law of DESIGN.md is one or two functions of (module, case), listed in `LAWS`.  A case is a batch of small tokens in
+some state, or a micro ViT in which the reducer stands at its default place.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokred import config as config_lib
+from tokred.nn import attention
+from tokred.reducers import base
+from tokred.testing.cases import make_cases, registered
+from tokred.testing.laws import LAWS, Broken, Law
+
+__all__ = ["LAWS", "LawError", "check_reducer"]
+
+
+class LawError(AssertionError):
+  """A reducer breaks a law; `law` is its number, `case` the name of the case."""
+
+  def __init__(self, message: str, law: int, case: str):
+    super().__init__(message)
+    self.law, self.case = law, case
+
+
+def check_reducer(module: base.Reducer | type[base.Reducer], *, laws: Sequence[int] | None = None) -> None:
+  """Runs a reducer through the laws of the contract.
+
+  Args:
+    module: an unbound reducer such as `KeyNorm()`, or its class; it need not be registered.
+    laws: numbers from 1 to 12; None: all.  Law 11 needs several devices and is left out, with a word in the log, where
+      there is one (XLA_FLAGS=--xla_force_host_platform_device_count=8 emulates eight on the CPU).
+
+  Raises:
+    LawError: names the law, the reducer, the case and the place.  Law 8 asks that the gradient of the logits reaches
+      every parameter of the reducer; a parameter that learns from a loss of its own shows it by a report whose name
+      begins with "loss".
+    TypeError: `module` is not a reducer, or a class that cannot be built without arguments.
+    ValueError: an unknown law, or a feature that no block provides.
+  """
+  module = module() if isinstance(module, type) else module
+  if not isinstance(module, base.Reducer):
+    raise TypeError(f"check_reducer takes a tokred Reducer or Planner, not {type(module).__name__}")
+  known = sorted({law.number for law in LAWS})
+  for number in laws or ():
+    if number not in known:
+      raise ValueError(f"laws has {number!r}; valid: {known[0]} to {known[-1]}")
+  for need in module.needed():
+    if need not in attention.FEATURES:
+      raise ValueError(f"needed() has {need!r}; {config_lib.nearest(need, attention.FEATURES)}")
+  cases = make_cases(module)
+  with registered(type(module)):
+    for law in LAWS:
+      for name in law.cases:
+        if name in cases and (laws is None or law.number in laws):
+          _enforce(law, module, cases[name])
+
+
+def _enforce(law: Law, module: base.Reducer, case: Any) -> None:
+  where = f"law {law.number} ({law.sentence}) is broken by {module.__class__.__name__}, case {case.name}"
+  try:
+    law.function(module, case)
+  except Broken as error:
+    raise LawError(f"{where}: {error}", law.number, case.name) from None
+  except Exception as error:  # a reducer that raises does not keep the law either
+    raise LawError(f"{where}: {type(error).__name__}: {error}", law.number, case.name) from error
