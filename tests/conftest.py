@@ -1,7 +1,10 @@
-"""Eight emulated devices on the CPU, set before anything imports jax."""
+"""Eight emulated devices on the CPU, and quick compilation, set before anything imports jax."""
 
 import os
 
+# Everything here compiles for longer than it runs, so LLVM need not try hard.
+WANTED = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0"}
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+flags = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([flags, *(f"{k}={v}" for k, v in WANTED.items() if k not in flags)]).strip()

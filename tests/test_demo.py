@@ -9,7 +9,7 @@ from tokred import demo
 from tokred.config import complete
 
 MODEL = dict(
-  variant="mu/2", width=16, depth=2, num_heads=2, mlp_dim=32, image_size=(8, 8), channels=1, num_classes=10
+  variant="mu/2", width=16, depth=1, num_heads=2, mlp_dim=32, image_size=(8, 8), channels=1, num_classes=10
 )  # 16 patches and CLS
 
 
@@ -25,7 +25,7 @@ def config(**groups):
 
 
 def configs():
-  rates = dict(reducer=("topk", "diffrate_merge"), layers=(0, 1), rate="learned")
+  rates = dict(reducer=("topk", "diffrate_merge"), layers=(0,), rate="learned")
   return config(), config(sites=dict(rates=rates), loss=dict(budget=1.0, distill_logits=0.5), rates=dict(freeze_step=1))
 
 
@@ -47,7 +47,7 @@ def test_the_summary_has_exactly_what_is_promised(summary, workdir):
     assert summary[name].keys() == {"accuracy", "gflops", "images_per_second", "counts"}
     assert 0 <= summary[name]["accuracy"] <= 1 and summary[name]["images_per_second"] > 0
   dense, reduced = summary["dense"], summary["reduced"]
-  assert dense["counts"] == [17, 17] and reduced["counts"][1] < reduced["counts"][0] < 17
+  assert dense["counts"] == [17] and 2 <= reduced["counts"][0] < 17
   assert reduced["gflops"] < dense["gflops"] and summary["speedup"] > 0 and summary["seconds"] > 0
 
 
@@ -63,7 +63,7 @@ def test_the_table(summary):
   assert (
     lines[1].startswith("dense")
     and lines[2].startswith("reduced")
-    and lines[2].endswith(f"{summary['reduced']['counts'][1]}")
+    and lines[2].endswith(f"  {summary['reduced']['counts'][0]}")
   )
   assert "times the images/s" in lines[-1] and "exported logits within" in lines[-1]
 

@@ -15,14 +15,25 @@ _HOME = {
   "Reducer": "tokred.reducers",
   "Tokens": "tokred.tokens",
   "build": "tokred.model",
-  "evaluate": "tokred.evaluate",
   "freeze": "tokred.model",
   "keep_top": "tokred.reducers",
   "load": "tokred.loading",
   "merge_into": "tokred.reducers",
   "register": "tokred.reducers",
 }
-_MODULES = ("bench", "checkpoint", "config", "cost", "data", "export", "losses", "model", "nn", "pretrained")
+_MODULES = (
+  "bench",
+  "checkpoint",
+  "config",
+  "cost",
+  "data",
+  "evaluate",
+  "export",
+  "losses",
+  "model",
+  "nn",
+  "pretrained",
+)
 _MODULES += ("rates", "reducers", "scores", "sharding", "sites", "testing", "tokens", "train", "viz")
 
 __all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604

@@ -129,6 +129,7 @@ class Checkpoints:
     )
     self._saving = step
     with self._explain():
+      _check_room(self.directory, state)
       self._manager.save(step, args=items, force=True)
     if wait:
       self.wait()
@@ -438,12 +439,19 @@ def _own(processes: list[dict], folder: Path) -> dict:
   )
 
 
+def _check_room(directory: Path, state: Any) -> None:
+  """Raises OSError where a state will not fit: a write that fails half way says the same in a hundred lines."""
+  needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(directory).free
+  if free < needed:
+    raise OSError(errno.ENOSPC, f"{free:,} bytes are free, {needed:,} needed")
+
+
 def _reason(error: Exception) -> str:
   """One line; plain words where the disk is full."""
   text = " ".join(str(error).split())
   full = next((known for known in _FULL_TEXTS if known in text), None)
   if isinstance(error, OSError) and error.errno in _FULL:
-    full = os.strerror(error.errno)
+    full = error.strerror
   if full:
     return f"the disk is full ({full}): make room, then run the same command again"
   return f"{type(error).__name__}: {text[:300]}"

@@ -15,7 +15,7 @@ import pytest
 from tokred import checkpoint
 
 ROOT = Path(__file__).parents[2]
-STEPS, FREEZE = 140, 60
+STEPS, FREEZE = 140, 40
 KILLS = 10
 DEADLINE = 60.0  # seconds to wait for a moment to come
 OVERRIDES = dict(
@@ -23,7 +23,7 @@ OVERRIDES = dict(
   sites=dict(rates=dict(layers="(1,)")),
   rates=dict(freeze_step=FREEZE),
   data=dict(train_split="train[:60]", eval_split="test[:30]"),
-  train=dict(steps=STEPS, batch_size=8, log_every=1, checkpoint_every=5, accumulate=2),
+  train=dict(steps=STEPS, batch_size=8, log_every=1, checkpoint_every=5),
   optim=dict(ema=0.9),
   loss=dict(distill_logits=0.0),
 )
@@ -74,6 +74,7 @@ def whole(cached_environment, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_ten_kills(whole, cached_environment, tmp_path):
   chance, saves_hit, codes = random.Random(0), 0, []
   moments = sorted(chance.sample(range(6, STEPS - 40), KILLS))  # far enough from the end to come in time

@@ -106,9 +106,7 @@ def test_learned_rates_are_frozen_and_go_on_in_gather_mode(run):
     assert "train/budget" not in line and line[names[1]] == summary["counts"][1]
   assert [line["step"] for line in micro.metrics(workdir, "eval/")] == [4]
   assert summary["counts"][0] == 17 and 2 <= summary["counts"][1] < 17
-  assert micro.state(workdir).keys() == {
-    name for name in micro.state(workdir) if not name.endswith("rate/logits") or name.startswith("opt_state/nothing")
-  }
+  assert not any(name.endswith("rate/logits") for name in micro.state(workdir))
   assert checkpoint.read_config(workdir).sites.rates.rate == "learned"  # as the user gave it
   frozen = loading.read_config(workdir)  # as it is now
   assert frozen.train.mode == "gather" and frozen.sites.rates.keep[1] == (summary["counts"][1],)
@@ -265,7 +263,7 @@ def test_a_loss_that_is_no_number_stops_the_run(run, monkeypatch, tmp_path):
 
 def test_a_loss_that_is_no_number_is_never_saved(one_device, monkeypatch, tmp_path):
   poison(monkeypatch, 3)  # a step that saves
-  with pytest.raises(NonFiniteLoss, match="step 3: .*no checkpoint was written before"):
+  with pytest.raises(NonFiniteLoss, match=r"step 3: .*no checkpoint was written before"):
     train(micro.config(), tmp_path)
   assert checkpoint.steps(tmp_path / checkpoint.FOLDER) == []
 

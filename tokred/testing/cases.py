@@ -67,7 +67,6 @@ class Result:
 
   tokens: Tokens
   report: dict[str, Array]
-  plan: Plan | None
   after: Array  # (B, N, D) after a tiny block; on the outer tokens if the reducer goes around it
 
 
@@ -140,14 +139,11 @@ class Programs:
     if self.around:  # a scope counts the tokens that arrive as its sources
       tokens = tokens.replace(owner=jnp.broadcast_to(jnp.arange(tokens.x.shape[1], dtype=jnp.int32), tokens.mask.shape))
     out, report = self.module.apply(variables, tokens, keep, train=train, mode=mode, rngs=rngs, **kwargs)
-    plan = None
-    if isinstance(self.module, base.Planner) and mode == "mask":
-      plan, _ = self.module.apply(variables, tokens, keep, train=train, rngs=rngs, method="plan")
     if not self.around:
-      return Result(out, report, plan, mix(out))
+      return Result(out, report, mix(out))
     inner = out.replace(x=mix(out))
     out = out.replace(owner=jnp.where(source >= 0, take(out.owner, jnp.maximum(source, 0)), -1))
-    return Result(out, report, plan, bypass(tokens, inner, report.get("update_weight")).x)
+    return Result(out, report, bypass(tokens, inner, report.get("update_weight")).x)
 
   @functools.cache  # noqa: B019 (lives as long as one check)
   def program(self, mode: str, train: bool, keep: int | None) -> Callable[..., Any]:
@@ -155,7 +151,7 @@ class Programs:
 
     def run(variables: Any, tokens: Tokens, traced: Any, seed: Any) -> tuple[Any, ...]:
       result = self.call(variables, tokens, traced if keep is None else keep, seed, mode, train)
-      return result.tokens, result.report, result.plan, result.after
+      return result.tokens, result.report, result.after
 
     return jax.jit(run, compiler_options=COMPILER)
 
@@ -163,6 +159,22 @@ class Programs:
     """Carries the reducer out; `keep` is traced in mask mode."""
     program = self.program(mode, train, keep if mode == "gather" else None)
     return Result(*program(self.variables, tokens, jnp.asarray(keep, jnp.int32), jnp.int32(0)))
+
+  @functools.cache  # noqa: B019
+  def planner(self, train: bool) -> Callable[..., Plan]:
+    """The module's plan alone, compiled."""
+
+    def run(variables: Any, tokens: Tokens, keep: Any) -> Plan:
+      rngs = {"reduce": jax.random.key(0)}
+      return self.module.apply(variables, tokens, keep, train=train, rngs=rngs, method="plan")[0]
+
+    return jax.jit(run, compiler_options=COMPILER)
+
+  def plan(self, tokens: Tokens, keep: int, *, train: bool = False) -> Plan | None:
+    """The plan that `run` carries out in mask mode; None for a reducer that writes none."""
+    if not isinstance(self.module, base.Planner):
+      return None
+    return self.planner(train)(self.variables, tokens, jnp.int32(keep))
 
   @functools.cache  # noqa: B019
   def gradient(self, mode: str, train: bool, keep: int, survival: bool) -> Callable[..., Any]:

@@ -265,13 +265,14 @@ def law_7_owner(module: base.Reducer, case: Case) -> None:
     when = f"reduction {step + 1}: "
     mapped = np.asarray(out.owner)
     alive = np.asarray(out.alive)
-    if result.plan is not None:
+    plan = case.programs.plan(tokens, keep, train=train)
+    if plan is not None:
       gone = np.asarray(tokens.alive.sum(1)) > alive.sum(1)
-      simulated = simulate(result.plan, before, gone, when)
+      simulated = simulate(plan, before, gone, when)
       require(mapped == simulated, when + "owner is not that of a simulation of the plan,")
-      shares = np.asarray(result.plan.gate > 0) & np.asarray(tokens.alive)
+      shares = np.asarray(plan.gate > 0) & np.asarray(tokens.alive)
       index = np.arange(NUM)
-      require(~np.asarray(tokens.alive) | ((np.asarray(result.plan.owner) == index) == shares),
+      require(~np.asarray(tokens.alive) | ((np.asarray(plan.owner) == index) == shares),
               when + "plan.gate is not 1 exactly where plan.owner[i] == i,")  # fmt: skip
     held = np.take_along_axis(alive, np.maximum(mapped, 0), 1)
     require((mapped == -1) | ((mapped >= 0) & (mapped < NUM) & held), when + "owner points at no living token,")
@@ -352,13 +353,14 @@ def law_10_ranking(module: base.Reducer, case: Case) -> None:
     same("bfloat16: dtype of size", low.tokens.size, low.tokens.size.astype(jnp.float32))
     same("the same values ranked in bfloat16 and in float32: owner", low.tokens.owner, high.tokens.owner)
   tied = jax.tree.map(lambda a: a.at[:].set(a[:, :1]) if a.dtype != jnp.int32 else a, (t.x, t.feats))
-  result = case.programs.run(t.replace(x=tied[0], feats=tied[1]), case.keep())
+  t = jax.tree.map(up, t.replace(x=tied[0], feats=tied[1]))
+  result, plan = case.programs.run(t, case.keep()), case.programs.plan(t, case.keep())
   score = result.report.get("score")
-  if score is None or score.shape != t.mask.shape or result.plan is None:
+  if score is None or score.shape != t.mask.shape or plan is None:
     return
   rank = np.where(np.asarray(t.protected), np.inf, np.asarray(score, np.float32))
   order = np.argsort(-rank, axis=1, kind="stable")
-  stays = np.asarray(result.plan.owner) == np.arange(NUM)
+  stays = np.asarray(plan.owner) == np.arange(NUM)
   want = np.zeros_like(stays)
   np.put_along_axis(want, order[:, : case.keep()], True, 1)
   require(stays == want, "tied scores: it is not the tokens of lower index that stay,")
