@@ -1,14 +1,21 @@
-"""Evaluates a model in the form that ships: python eval.py --workdir=runs/digits [--split=test]."""
+"""Evaluates a model, in gather mode unless asked otherwise: python eval.py --workdir=runs/digits [--split=test].
+
+Prints one JSON object: accuracy, accuracy_top5, loss, examples, counts, sites, gflops, gmacs.
+"""
 
 import json
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, or export.")
 _SPLIT = flags.DEFINE_string("split", None, "In TFDS's split syntax; config.data.eval_split where not given.")
+_DATASET = flags.DEFINE_string("dataset", None, "Instead of config.data.name; of the same classes.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of config.data.data_dir.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "config.eval.batch_size where not given.")
+_MODE = flags.DEFINE_enum("mode", "gather", ["gather", "mask"], "mask: as it was trained, to compare.")
+_OUTPUT = flags.DEFINE_string("output", None, "File for the JSON, besides printing it.")
 
 
 def main(argv: list[str]) -> None:
@@ -19,11 +26,16 @@ def main(argv: list[str]) -> None:
   from tokred.evaluate import evaluate
 
   try:
-    model = tokred.freeze(tokred.load(_WORKDIR.value))
-    if _DATA_DIR.value is not None:
-      with model.config.unlocked():
-        model.config.data.data_dir = _DATA_DIR.value
-    result = evaluate(model, _SPLIT.value, _BATCH_SIZE.value)
+    model = tokred.load(_WORKDIR.value)
+    model = tokred.freeze(model) if _MODE.value == "gather" else model
+    with model.config.unlocked():
+      model.config.data.name = _DATASET.value or model.config.data.name
+      model.config.data.data_dir = model.config.data.data_dir if _DATA_DIR.value is None else _DATA_DIR.value
+    result = evaluate(model, _SPLIT.value, _BATCH_SIZE.value, _MODE.value)
+    if _OUTPUT.value:
+      temporary = Path(f"{_OUTPUT.value}.tmp")
+      temporary.write_text(json.dumps(result, indent=2) + "\n")
+      temporary.replace(_OUTPUT.value)
   except (ValueError, OSError) as error:
     sys.exit(f"eval.py: {' '.join(str(error).split())}")
   print(json.dumps(result))

@@ -4,15 +4,15 @@ import json
 import re
 from pathlib import Path
 
-NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "learn_keep_rates.ipynb"
+NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
 SMALL = {  # what a reader waits for, made small: (in the notebook, in the test)
   "STEPS = 300": "STEPS = 2",
-  'variant="mu/1", width=64, depth=6': 'variant="mu/2", width=16, depth=1',
-  "num_heads=4": "num_heads=2",
+  'variant="mu/4", width=64, depth=6': 'variant="mu/8", width=16, depth=1',
   "batch_size=64, log_every=50": "batch_size=16, log_every=1",
-  "pad_crop=1": 'train_split="train[:64]", eval_split="test[:40]"',
+  "pad_crop=3": 'train_split="train[:64]", eval_split="test[:40]"',
   "warmup_steps=STEPS // 10": "warmup_steps=1",
   "layers=(1, 2, 3, 4, 5)": "layers=(0,)",
+  "layers=(0, 1, 2, 3), r=8": "layers=(0,), r=4",
   "batch_sizes=(1, 64))": "batch_sizes=(2,), rounds=1)",
 }
 

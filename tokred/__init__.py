@@ -22,21 +22,11 @@ _HOME = {
   "register": "tokred.reducers",
 }
 _MODULES = (
-  "bench",
-  "checkpoint",
-  "config",
-  "cost",
-  "data",
-  "evaluate",
-  "export",
-  "losses",
-  "model",
-  "nn",
-  "pretrained",
-)
-_MODULES += ("rates", "reducers", "scores", "sharding", "sites", "testing", "tokens", "train", "viz")
+  "bench checkpoint config cost data evaluate export losses model nn pretrained rates reducers scores sharding sites "
+  "testing tokens train viz"
+).split()
 
-__all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

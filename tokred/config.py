@@ -99,7 +99,7 @@ def default() -> ConfigDict:
       end_lr=0.0,
       b1=0.9,
       b2=0.999,
-      momentum=0.9,  # sgd only
+      momentum=0.9,  # of optimisers that have one (sgd, rmsprop, lars, ...); 0: none
       weight_decay=0.05,
       no_decay=(r".*(bias|scale|pos_embed|cls_token|dist_token|registers)$", r".*/rate/.*"),  # regexes of paths
       multipliers=(),  # ((regex, factor), ...): the first match scales the learning rate
@@ -167,6 +167,9 @@ def complete(config: Mapping[str, Any]) -> ConfigDict:
     elif not isinstance(value, (Mapping, ConfigDict)):
       raise ValueError(f"config.{group}={value!r} must be a dict of fields; {nearest(group, full[group])}")
     elif group == "sites":
+      for name, site in value.items():
+        if not isinstance(site, (Mapping, ConfigDict)):
+          raise ValueError(f"config.sites.{name}={site!r} must be a dict with the fields of a site (tokred/sites.py)")
       full.sites = ConfigDict({name: {k: _tuples(v) for k, v in site.items()} for name, site in value.items()})
     else:
       for field, leaf in value.items():
@@ -187,7 +190,7 @@ def _set(parent: ConfigDict, field: str, value: Any, name: str) -> None:
 
 
 def _tuples(value: Any) -> Any:
-  return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+  return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple, range)) else value
 
 
 def arguments(text: str | None, **defaults: Any) -> ConfigDict:

@@ -22,14 +22,19 @@ def eval_step(module: ViT, mode: str) -> Any:
   def step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     output = module.apply({"params": params}, batch["image"], mode=mode)
     mask = batch["mask"].astype(jnp.float32)
-    right = (output.logits.argmax(-1) == batch["label"]).astype(jnp.float32)
+    best = jnp.take_along_axis(output.logits, batch["label"][:, None], axis=1)
+    rank = jnp.sum(output.logits > best, axis=1)  # classes that beat the right one
+    ties = (output.logits == best) & (jnp.arange(output.logits.shape[1]) < batch["label"][:, None])
+    rank = rank + ties.sum(1)  # argmax takes the first of equals
     loss = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["label"])
     counts = jnp.stack([jnp.asarray(c, jnp.float32) for c in output.counts])
     return {
       "examples": mask.sum(),
-      "right": (right * mask).sum(),
+      "right": ((rank < 1) * mask).sum(),
+      "right_5": ((rank < 5) * mask).sum(),
       "loss": jnp.where(batch["mask"], loss, 0).sum(),
       "counts": counts,
+      "sites": counts_by_site(module, output.aux),
     }
 
   return jax.jit(step)
@@ -46,7 +51,8 @@ def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode
     mesh: where the batches shall lie; None: the default device.
 
   Returns:
-    accuracy (0 to 1), loss (mean cross-entropy), examples, and counts (tokens leaving each block, over batches).
+    accuracy (0 to 1), accuracy_top5, loss (mean cross-entropy), examples, counts (tokens leaving each block) and sites
+    (tokens that each site lets through, by "<site>/<layer>"), both means over batches.
 
   Raises:
     ValueError: there are no examples.
@@ -62,17 +68,45 @@ def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode
   examples = float(sums["examples"])
   return {
     "accuracy": float(sums["right"]) / examples,
+    "accuracy_top5": float(sums["right_5"]) / examples,
     "loss": float(sums["loss"]) / examples,
     "examples": int(examples),
     "counts": [round(float(c) / steps, 2) for c in sums["counts"]],
+    "sites": {name: round(float(c) / steps, 2) for name, c in sums["sites"].items()},
   }
 
 
-def evaluate(model: Model, split: str | None = None, batch_size: int | None = None) -> dict[str, Any]:
-  """A model on a split of `config.data`; see `run`.  Also reports GFLOPs and GMACs of one image."""
+def counts_by_site(module: ViT, aux: dict[str, Any]) -> dict[str, jax.Array]:
+  """Tokens that each spot lets through, by "<site>/<layer>" (and reducer, where the site has several), float32.
+
+  A learned rate may ask for more than arrive; what is reported is what comes out.
+  """
+  out, left = {}, jnp.asarray(module.sites.stack.num_tokens, jnp.float32)
+  for spot in module.sites.spots:
+    name = f"{spot.site}/{spot.layer}" + ("" if spot.child == spot.site else f"/{spot.reducer}")
+    count = jnp.minimum(left, jnp.asarray(aux[f"reduce/{spot.site}/count"][spot.index], jnp.float32))
+    scoped = spot.place == "around" or (spot.place == "attn" and module.sites.at(spot.layer, "around"))
+    left = left if scoped else count
+    out[name] = count
+  return out
+
+
+def evaluate(
+  model: Model, split: str | None = None, batch_size: int | None = None, mode: str | None = None
+) -> dict[str, Any]:
+  """A model on a split of `config.data`; see `run`.  Also reports GFLOPs and GMACs of one image.
+
+  Args:
+    model: with parameters.
+    split: `config.data.eval_split` where not given.
+    batch_size: `config.eval.batch_size` where not given.
+    mode: "gather" or "mask"; None: gather, or mask as long as a rate is learned.
+  """
+  if mode not in (None, "gather", "mask"):
+    raise ValueError(f"mode={mode!r} is not a mode; valid: gather, mask")
   if model.params is None:
     raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
-  result = run(model.module, model.params, _batches(model, split, batch_size), model.mode)
+  result = run(model.module, model.params, _batches(model, split, batch_size), mode or model.mode)
   return result | {"gflops": model.flops / 1e9, "gmacs": model.macs / 1e9}
 
 

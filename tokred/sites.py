@@ -3,7 +3,7 @@
 A site is a dict with these fields; all but `reducer` and `layers` may be left out:
 
   reducer      a registered name, or a tuple of names that act in this order (DiffRate: ("topk", "diffrate_merge"))
-  layers       the blocks it acts in, from 0
+  layers       the blocks it acts in, from 0, ascending
   stack        "encoder"
   place        before (a block), attn (between attention and MLP), around (a block), output (after the last block)
   keep         share (float, of the unprotected tokens that arrive) or number (int, protected ones counted) of tokens
@@ -245,7 +245,11 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
   field = f"sites.{name}"
   if "reducer" not in site:
     raise ValueError(f"{field}.reducer is missing; valid: {', '.join(sorted(base.REGISTRY))}")
-  names = site["reducer"] if isinstance(site["reducer"], (tuple, list)) else (site["reducer"],)
+  names = tuple(site["reducer"]) if isinstance(site["reducer"], (tuple, list)) else (site["reducer"],)
+  if not names or not all(isinstance(reducer, str) for reducer in names):
+    raise ValueError(
+      f"{field}.reducer={site['reducer']!r} must be a name or a tuple of names; {nearest('', base.REGISTRY)}"
+    )
   classes = [base.get(reducer, f"{field}.reducer") for reducer in names]
   place = site.get("place") or classes[0].places[0]
   for cls, reducer in zip(classes, names, strict=True):
@@ -257,8 +261,10 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
   if layers is None:
     raise ValueError(f"{field}.layers is missing; valid: a tuple of block numbers from 0 to {stack.depth - 1}")
   layers = tuple(layers) if isinstance(layers, (tuple, list, range)) else (layers,)
+  if list(layers) != sorted(layers) or not layers:
+    raise ValueError(f"{field}.layers={layers} must name at least one layer, in ascending order")
   for layer in layers:
-    if place != "output" and not (isinstance(layer, int) and 0 <= layer < stack.depth):
+    if place != "output" and not (type(layer) is int and 0 <= layer < stack.depth):
       raise ValueError(f"{field}.layers has {layer!r}, but the {stack.name} has layers 0 to {stack.depth - 1}")
   if len(set(layers)) != len(layers):
     raise ValueError(f"{field}.layers={layers} names a layer twice")
@@ -279,11 +285,15 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     )
   if rate in ("learned", "threshold") and not all(issubclass(cls, base.Planner) for cls in classes):
     raise ValueError(f"{field}.rate={rate!r} needs reducers that write plans; {names} do not")
+  if rate == "threshold" and not all(cls.scored for cls in classes):
+    raise ValueError(f"{field}.rate='threshold' needs reducers that score each token; {names} do not")
   if rate == "learned" and place in ("around", "output"):
     raise ValueError(f"{field}.rate='learned' is not available at place={place!r}; valid: before, attn")
   options = _options(field, site, names, classes)
   common = dict(site=name, place=place, rate=rate, granularity=site.get("granularity", 1))
-  common["threshold"] = float(site.get("threshold", 0.0))
+  common["threshold"] = site.get("threshold", 0.0)
+  if isinstance(common["threshold"], bool) or not isinstance(common["threshold"], (int, float)):
+    raise ValueError(f"{field}.threshold={common['threshold']!r} must be a number: the smallest score that stays")
   if not (isinstance(common["granularity"], int) and common["granularity"] >= 1):
     raise ValueError(f"{field}.granularity={common['granularity']!r} must be an int of at least 1")
   drafts = []
@@ -312,6 +322,12 @@ def _options(field: str, site: dict, names: tuple[str, ...], classes: list[type]
   for key in given:
     if not any(key in fields for fields in own):
       raise ValueError(f"{field}.{key} is not a field of a site or of {names}; {nearest(key, set(FIELDS).union(*own))}")
+  for cls in classes:
+    for option in dataclasses.fields(cls):
+      value, kind = given.get(option.name), type(option.default)
+      number = kind is float and type(value) is int
+      if option.name in given and kind in (bool, int, float, str) and type(value) is not kind and not number:
+        raise ValueError(f"{field}.{option.name}={value!r} must be of type {kind.__name__}")
   options = [tuple(sorted((k, v) for k, v in given.items() if k in fields)) for fields in own]
   for cls, chosen in zip(classes, options, strict=True):
     try:

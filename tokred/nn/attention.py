@@ -90,7 +90,11 @@ def _fused(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None)
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 1), (0, 1))).at[:, :, -1, -1].set(1)
   width = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8 if (bias is not None or gate is not None) else dim
   q, k, v = (jnp.pad(a, ((0, 0),) * 3 + ((0, width - a.shape[-1]),)).swapaxes(1, 2) for a in (q, k, v))
-  out = jax.nn.dot_product_attention(q, k, v, scale=scale, key_value_seq_lengths=lengths).swapaxes(1, 2)
+  # Left to itself, JAX takes its XLA path everywhere; cuDNN's kernel wants 16 bits and heads of at most 128.
+  cudnn = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+  out = jax.nn.dot_product_attention(
+    q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn" if cudnn else None
+  ).swapaxes(1, 2)
   if gate is None:
     return out[..., :dim]
   out = out.astype(jnp.float32)

@@ -87,6 +87,11 @@ def shape(config: ConfigDict) -> Shape:
     if config[field] not in valid:
       raise ValueError(f"config.model.{field}={config[field]!r} is unknown; {nearest(config[field], valid)}")
   attention.implementation(config.attention)
+  for field in ("width", "depth", "mlp_dim", "num_heads", "num_registers", "layer_scale"):
+    if config[field] < 0:
+      raise ValueError(f"config.model.{field}={config[field]} must be 0 or more")
+  if config.channels < 1:
+    raise ValueError(f"config.model.channels={config.channels} must be at least 1")
   given = (config.width, config.depth, config.mlp_dim, config.num_heads)
   width, depth, mlp_dim, heads = VARIANTS[match[1]]
   if config.width and not config.mlp_dim:

@@ -43,6 +43,7 @@ class Reducer(nn.Module):
   needs: ClassVar[tuple[str, ...]] = ()  # features that the block shall put in tokens.feats
   relaxed: ClassVar[bool] = False  # truly soft in the forward pass: its gap is logged, not tested
   conserves: ClassVar[bool] = True  # merging keeps sum(size) and the size-weighted mean
+  scored: ClassVar[bool] = True  # reports a "score" of each token, so that a threshold can decide
   from_input: ClassVar[bool] = False  # keep rates count from the input's tokens, not from those that arrive
   proportional: ClassVar[bool] = False  # from here on log(size) biases attention, unless the site says otherwise
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "output")  # where it may stand; the first is the default

@@ -25,6 +25,7 @@ class DiffRateMerge(Planner):
   needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
   conserves: ClassVar[bool] = False
   proportional: ClassVar[bool] = True
+  scored: ClassVar[bool] = False
   places: ClassVar[tuple[str, ...]] = ("attn",)
 
   def fewest(self, n: int, protected: int) -> int:

@@ -29,6 +29,7 @@ class ToMe(Planner):
 
   needs: ClassVar[tuple[str, ...]] = ("key",)
   proportional: ClassVar[bool] = True
+  scored: ClassVar[bool] = False
 
   def fewest(self, n: int, protected: int) -> int:
     return n - (n - protected) // 2

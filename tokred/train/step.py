@@ -9,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from tokred import losses
+from tokred.evaluate import counts_by_site
 from tokred.model import without_sites
 from tokred.nn.vit import ViT
 from tokred.sharding import path_name
@@ -49,7 +50,8 @@ def make_step(config: ConfigDict, module: ViT, optimizer: optax.GradientTransfor
       full = dense.apply({"params": params}, images, train=True, rngs={"dropout": streams["full"]})
     terms = losses.terms(weights, module, output, target, taught, full)
     right = output.logits.argmax(-1) == target.argmax(-1)
-    metrics = terms | {"accuracy": right.astype(jnp.float32).mean()} | counts_by_layer(module, output.aux)
+    counts = {f"counts/{name}": count for name, count in counts_by_site(module, output.aux).items()}
+    metrics = terms | {"accuracy": right.astype(jnp.float32).mean()} | counts
     return losses.total(weights, terms), metrics
 
   def step(state: State, batch: dict, keeps: Mapping[str, Any] | None, teacher: Any) -> tuple[State, dict]:
@@ -66,15 +68,6 @@ def make_step(config: ConfigDict, module: ViT, optimizer: optax.GradientTransfor
     return new, metrics | {"grad_norm": optax.global_norm(grads)}
 
   return step
-
-
-def counts_by_layer(module: ViT, aux: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """Tokens that each spot lets through, by "counts/<site>/<layer>" (and reducer, where the site has several)."""
-  out = {}
-  for spot in module.sites.spots:
-    name = f"counts/{spot.site}/{spot.layer}" + ("" if spot.child == spot.site else f"/{spot.reducer}")
-    out[name] = jnp.asarray(aux[f"reduce/{spot.site}/count"][spot.index], jnp.float32)
-  return out
 
 
 def transfer(state: State, target: Any) -> State:
