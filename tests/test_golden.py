@@ -87,7 +87,7 @@ def forward(module, params, images, mode):
     spots = module.sites.spots
     keeps = {spot.site: tuple(s.keep for s in spots if s.site == spot.site) for spot in spots}
     plain = tuple((s.reducer, s.layer, s.options, s.place) for s in spots)
-    key = (module.shape, plain, module.sites.proportional_from)
+    key = (module.shape, plain, any(s.proportional for s in module.sites.spots))
   if key not in COMPILED:
     COMPILED[key] = jax.jit(functools.partial(traced, module, mode=mode), compiler_options=quick())
   return COMPILED[key](params, images, keeps=keeps)

@@ -7,14 +7,14 @@ import pytest
 from flax import linen as nn
 
 from tokred.reducers import REGISTRY, Planner, Reducer, keep_top
-from tokred.reducers.base import merge_into, num_kept, ranking
+from tokred.reducers.base import merge_into, num_kept, ranks
 from tokred.reducers.diffrate import DiffRateMerge
 from tokred.reducers.router import Router
 from tokred.reducers.tome import ToMe
 from tokred.reducers.topk import TopK
 from tokred.testing import LawError, cases, check_reducer, laws
 from tokred.testing.cases import ModelCase
-from tokred.tokens import Plan, compact, fold, straight_through
+from tokred.tokens import Plan, compact, fold, inverse, straight_through
 
 OPTIONS = {  # modules whose options take other ways through the code, and the laws that these meet
   "fuse": (TopK(fuse=True), (3, 5, 6, 7)),
@@ -177,7 +177,7 @@ class TiesUp(Norm):
   def plan(self, tokens, keep, *, train):
     score = self.score(tokens)
     flip = lambda a: a[:, ::-1]  # noqa: E731
-    order = ranking(tokens.replace(mask=flip(tokens.mask), protected=flip(tokens.protected)), flip(score))
+    order = inverse(ranks(tokens.replace(mask=flip(tokens.mask), protected=flip(tokens.protected)), flip(score)))
     order = score.shape[1] - 1 - order
     kept = jnp.argsort(order, axis=1) < num_kept(tokens, keep)
     index = jnp.arange(score.shape[1], dtype=jnp.int32)

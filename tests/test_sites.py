@@ -165,17 +165,27 @@ def test_tuple_of_reducers_acts_in_its_order_with_children_of_its_own():
     ("topk", 0, 15, 0), ("diffrate_merge", 0, 13, 1), ("topk", 2, 12, 2), ("diffrate_merge", 2, 10, 3),
   ]  # fmt: skip
   assert [s.child for s in parsed.spots[:2]] == ["d_0_topk", "d_1_diffrate_merge"]
-  assert parsed.proportional_from == 0 and parse(s=TOPK).proportional_from == -1
-  assert parse(s=dict(TOPK, proportional=True)).proportional_from == 1
-  assert parse(s=dict(reducer="tome", layers=(1,), r=2, proportional=False)).proportional_from == -1
 
 
-def test_needs_and_acts_before():
+def test_where_sizes_bias_attention():
+  bias = lambda mode="mask", **sites: [parse(**sites).proportional(layer, mode) for layer in range(4)]  # noqa: E731
+  assert bias(d=dict(reducer="tome", layers=(1,), r=2)) == [False, False, True, True]
+  assert bias(d=dict(reducer="tome", layers=(1,), r=2, proportional=False)) == [False] * 4
+  assert bias(s=TOPK) == [False] * 4 and bias(s=dict(TOPK, proportional=True)) == [False, False, True, True]
+  idle = dict(reducer="tome", layers=(0, 2), keep=(17, 12))  # nothing merges in layer 0
+  assert bias("gather", d=idle) == [False, False, False, True]
+  assert bias("mask", d=idle) == [False, True, True, True]  # there a traced count may take its place
+
+
+def test_needs_and_masked():
   parsed = parse(a=dict(TOPK, layers=(1,)), b=dict(TOPK, score="key_norm", place="before", layers=(3,)))
   assert [parsed.needs(layer) for layer in range(4)] == [(), ("cls_attention",), ("key",), ()]
-  assert [parsed.acts_before(layer) for layer in range(4)] == [False, False, True, True]
-  assert not parsed.acts_before(3, "threshold")
-  assert [parse(r=dict(reducer="router", layers=(1,), keep=9)).acts_before(n) for n in range(3)] == [False, True, False]
+  assert [parsed.masked(layer, "mask") for layer in range(4)] == [False, False, True, True]
+  assert not parsed.masked(3, "gather")
+  routed = parse(r=dict(reducer="router", layers=(1,), keep=9))
+  assert [routed.masked(layer, "mask") for layer in range(3)] == [False, True, False]
+  ragged = parse(t=dict(TOPK, layers=(1,), rate="threshold", threshold=0.1))
+  assert [ragged.masked(layer, "gather") for layer in range(3)] == [False, False, True]
 
 
 def test_scheduled_counts_fall_from_all_to_keep():

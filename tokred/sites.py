@@ -64,6 +64,12 @@ class Spot:
   protected: int
   granularity: int = 1
   threshold: float = 0.0
+  proportional: bool = False
+
+  @property
+  def idle(self) -> bool:
+    """Whether it is known to let every token through, as frozen rates often do in some layers."""
+    return self.rate == "fixed" and self.keep >= self.arriving and self.place != "around"
 
   @property
   def candidates(self) -> tuple[int, ...]:
@@ -81,20 +87,29 @@ class Sites:
 
   stack: Stack
   spots: tuple[Spot, ...] = ()
-  proportional_from: int = -1  # first layer after which log(size) biases attention; -1: never
 
   def at(self, layer: int, *places: str) -> tuple[Spot, ...]:
     """Spots of a layer at any of these places."""
     return tuple(spot for spot in self.spots if spot.layer == layer and spot.place in places)
 
-  def acts_before(self, layer: int, rate: str | None = None) -> bool:
-    """Whether attention of this layer meets reduced tokens (of a site with this rate)."""
-    for spot in self.spots:
-      entered = spot.layer < layer and spot.place != "around"
-      entered |= spot.layer == layer and spot.place in ("before", "around")
-      if entered and (rate is None or spot.rate == rate):
-        return True
-    return False
+  def masked(self, layer: int, mode: str) -> bool:
+    """Whether attention of this layer may meet dead tokens: in gather mode only where images keep different counts."""
+    return any(mode == "mask" or spot.rate == "threshold" for spot in self._before(layer))
+
+  def proportional(self, layer: int, mode: str) -> bool:
+    """Whether log(size) biases attention of this layer; not where every size is known to be 1."""
+    return any(spot.proportional and (mode == "mask" or not spot.idle) for spot in self._before(layer))
+
+  def _before(self, layer: int) -> list[Spot]:
+    """Spots whose decision attention of this layer meets; a scope is over when its block is."""
+
+    def meets(spot: Spot) -> bool:
+      if spot.place == "output":
+        return False
+      inside = spot.place == "around" or (spot.place == "attn" and self.at(spot.layer, "around"))
+      return spot.layer == layer and spot.place != "attn" if inside else spot.layer < layer + (spot.place == "before")
+
+    return [spot for spot in self.spots if meets(spot)]
 
   def needs(self, layer: int) -> tuple[str, ...]:
     """Features that the block of this layer must provide."""
@@ -179,6 +194,8 @@ class Step(nn.Module):
       keep = keeps[spot.site][spot.index]
     if spot.rate == "threshold":
       keep = rates.Threshold(spot.threshold, spot.keep)
+    if mode == "gather" and spot.idle and keeps is None and not self.is_initializing():
+      return tokens, {"count": jnp.asarray(keep, jnp.float32)}  # nothing is ranked, matched or moved
     tokens, report = reducer(tokens, keep, train=train, mode=mode)
     static = spot.rate != "threshold" and "kept_share" not in report
     count = jnp.asarray(keep, jnp.float32) if static else tokens.mask.astype(jnp.float32).sum(1).mean()
@@ -221,15 +238,13 @@ def parse(sites: Mapping[str, Mapping[str, Any]], stack: Stack) -> Sites:
       )
   last = stack.depth
   drafts.sort(key=lambda d: (last if d["place"] == "output" else d["layer"], PLACES.index(d["place"]), d["slot"]))
-  n, inner, layer, left, spots, proportional, index = stack.num_tokens, None, 0, 1.0, [], -1, {}
+  n, inner, layer, left, spots, index = stack.num_tokens, None, 0, 1.0, [], {}
   for draft in drafts:
     if draft["layer"] != layer:
       inner, layer = None, draft["layer"]
     arriving = n if inner is None else inner
     spot, left = _count(draft, arriving, left, stack, index.setdefault(draft["site"], 0))
     index[draft["site"]] += 1
-    if draft["proportional"] and proportional < 0:
-      proportional = max(layer, 0)
     if spot.place == "around":
       inner = spot.keep
     elif inner is not None and spot.place == "attn":
@@ -237,7 +252,7 @@ def parse(sites: Mapping[str, Mapping[str, Any]], stack: Stack) -> Sites:
     else:
       n = spot.keep
     spots.append(spot)
-  return Sites(stack, tuple(spots), proportional)
+  return Sites(stack, tuple(spots))
 
 
 def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]:
@@ -362,7 +377,7 @@ def _count(draft: dict[str, Any], arriving: int, left: float, stack: Stack, inde
   """Fixes the static count of one spot; `left` is the share of patches that should be left before it."""
   draft = dict(draft)
   keep, removed, field = draft.pop("keep"), draft.pop("r"), f"sites.{draft['site']}"
-  draft.pop("slot"), draft.pop("proportional")
+  draft.pop("slot")
   reducer = base.REGISTRY[draft["reducer"]](**dict(draft["options"]))
   protected, source = stack.num_protected, stack.num_tokens - stack.num_protected
   fewest = reducer.fewest(arriving, protected)

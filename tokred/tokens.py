@@ -95,9 +95,32 @@ def take(values: Array, index: Array, form: str | None = None) -> Array:
   return jnp.einsum("bmn,bn...->bm...", one_hot, values.astype(dtype), precision="highest").astype(values.dtype)
 
 
+SORTED = 256  # from this length on, sorting costs less than comparing every pair
+
+
+def rank(key: Array) -> Array:
+  """Place of each entry in the stable ascending order of its row: (B, N) to (B, N) int32; ties by index.
+
+  A row as short as an image's is ranked by counting what comes before each entry: the pairs are compared in one fused
+  loop, three times as fast on CPU as XLA's sort.  NaN has no place: replace it first.
+  """
+  n = key.shape[1]
+  if n >= SORTED:
+    return inverse(jnp.argsort(key, axis=1, stable=True).astype(jnp.int32))
+  index = jnp.arange(n)
+  mine, other = key[:, :, None], key[:, None, :]
+  before = (other < mine) | ((other == mine) & (index < index[:, None]))
+  return before.sum(-1, dtype=jnp.int32)
+
+
 def inverse(order: Array) -> Array:
-  """The inverse permutation of each row: (B, N) int32, rank of every token in `order`."""
-  return jnp.argsort(order, axis=1).astype(jnp.int32)
+  """The inverse permutation of each row, (B, N) int32: rank of every token in `order`, and the other way round."""
+  place = jnp.arange(order.shape[1], dtype=jnp.int32)
+
+  def one(row: Array) -> Array:  # batched by vmap, so that a sharded batch needs no collective
+    return jnp.zeros_like(place).at[row].set(place, unique_indices=True, mode="promise_in_bounds")
+
+  return jax.vmap(one)(order)
 
 
 def group_sum(owner: Array, values: Array) -> Array:
@@ -133,11 +156,11 @@ def fold(tokens: Tokens, plan: Plan, *, survival: Array | None = None, form: str
   Returns:
     Tokens of the same shapes; the mask is float32 if it was, or if the gate is, or if `survival` is given.
   """
-  rank = inverse(plan.order)
+  place = inverse(plan.order)
   kept = plan.gate
   if survival is not None:  # beside the gradient that the gate has already
     learned = jnp.issubdtype(kept.dtype, jnp.floating)
-    chance = survival[rank]
+    chance = survival[place]
     # A count that takes nothing away learns nothing from the task: the authors of DiffRate skip such a step.
     takes = (tokens.alive & (kept <= 0)).any(1, keepdims=True)
     chance = jnp.where(takes, chance, jax.lax.stop_gradient(chance))
@@ -158,7 +181,7 @@ def fold(tokens: Tokens, plan: Plan, *, survival: Array | None = None, form: str
     lambda leaf: take(leaf, plan.order, form), (x, mask, size, tokens.position, tokens.protected, tokens.feats)
   )
   x, mask, size, position, protected, feats = moved
-  return Tokens(x, mask, size, position, _follow(tokens.owner, plan.owner, rank), protected, feats)
+  return Tokens(x, mask, size, position, _follow(tokens.owner, plan.owner, place), protected, feats)
 
 
 def compact(tokens: Tokens, plan: Plan, k: int, *, form: str | None = None) -> Tokens:
@@ -170,12 +193,12 @@ def compact(tokens: Tokens, plan: Plan, k: int, *, form: str | None = None) -> T
     k: how many come out, at most N; a Python int.
     form: see `take`.
   """
-  rank = inverse(plan.order)
+  place = inverse(plan.order)
   kept, gone = plan.order[:, :k], plan.order[:, k:]
   x, size = take(tokens.x, kept, form), take(tokens.size, kept)
   if plan.weight is not None and gone.shape[1]:
     owner = take(plan.owner, gone)
-    target = jnp.where(owner >= 0, take(rank, jnp.maximum(owner, 0)), -1)
+    target = jnp.where(owner >= 0, take(place, jnp.maximum(owner, 0)), -1)
     merge = jax.nn.one_hot(target, k, axis=1, dtype=x.dtype)  # (B, K, gone): only the tokens that go are multiplied
     weight = jnp.where(target >= 0, take(plan.weight, gone), 0.0)[:, None].astype(x.dtype)
     x = x * take(plan.weight, kept)[..., None].astype(x.dtype)
@@ -187,7 +210,7 @@ def compact(tokens: Tokens, plan: Plan, k: int, *, form: str | None = None) -> T
   mask = tokens.alive & (plan.gate > 0)
   rest = (mask, tokens.position, tokens.protected, tokens.feats)
   mask, position, protected, feats = jax.tree.map(lambda leaf: take(leaf, kept, form), rest)
-  return Tokens(x, mask, size, position, _follow(tokens.owner, plan.owner, rank), protected, feats)
+  return Tokens(x, mask, size, position, _follow(tokens.owner, plan.owner, place), protected, feats)
 
 
 def restore(values: Array, owner: Array, *, fill: float = 0.0) -> Array:
@@ -224,9 +247,9 @@ def bypass(outer: Tokens, inner: Tokens, weight: Array | None = None) -> Tokens:
   return outer.replace(x=jnp.where(through[..., None], outer.x + update, outer.x))
 
 
-def _follow(owner: Array, step: Array, rank: Array) -> Array:
+def _follow(owner: Array, step: Array, place: Array) -> Array:
   """Composes the source map (B, S) with one plan: source -> token -> its owner -> the owner's new place."""
-  new = jnp.where(step >= 0, take(rank, jnp.maximum(step, 0)), -1)
+  new = jnp.where(step >= 0, take(place, jnp.maximum(step, 0)), -1)
   return jnp.where(owner >= 0, take(new, jnp.maximum(owner, 0)), -1)
 
 

@@ -188,9 +188,8 @@ class Block(nn.Module):
   def _body(self, tokens: Tokens, reduce: Reduce, keeps: Any, train: bool, mode: str) -> tuple[Tokens, dict[str, Any]]:
     c, layer, dtype = self.config, self.layer, jnp.dtype(self.config.dtype)
     norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)  # noqa: E731
-    dead = self.sites.acts_before(layer, None if mode == "mask" else "threshold")
-    mask = tokens.mask if dead else None
-    size = tokens.size if 0 <= self.sites.proportional_from <= layer else None
+    mask = tokens.mask if self.sites.masked(layer, mode) else None
+    size = tokens.size if self.sites.proportional(layer, mode) else None
     if size is not None and mask is not None and mask.dtype == bool:
       size = jnp.where(mask, size, 1.0)
     attend = Attention(

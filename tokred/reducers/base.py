@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from tokred.config import nearest
 from tokred.rates import Threshold
-from tokred.tokens import Array, Plan, Tokens, average_weight, compact, fold
+from tokred.tokens import Array, Plan, Tokens, average_weight, compact, fold, inverse, rank
 
 REGISTRY: dict[str, type["Reducer"]] = {}
 
@@ -126,16 +126,16 @@ def finish(tokens: Tokens, plan: Plan, keep: Any, mode: str, survival: Array | N
   return fold(tokens, plan, survival=survival)
 
 
-def ranking(tokens: Tokens, score: Array) -> Array:
-  """Tokens from best to worst, (B, N) int32: the protected in their order, then by score, then the dead.
+def ranks(tokens: Tokens, score: Array) -> Array:
+  """Rank of each token, (B, N) int32, 0 the best: the protected in their order, then by score, then the dead.
 
-  Ties go to the lower index; a NaN score counts as the worst.
+  Ties go to the lower index; a NaN score counts as the worst.  `inverse` of it is the order.
   """
   score = score.astype(jnp.float32)
   key = jnp.where(jnp.isnan(score), jnp.finfo(jnp.float32).min, jnp.clip(score, jnp.finfo(jnp.float32).min))
   key = jnp.where(tokens.protected, jnp.inf, key)
   key = jnp.where(tokens.alive, key, -jnp.inf)
-  return jnp.argsort(-jax.lax.stop_gradient(key), axis=1, stable=True).astype(jnp.int32)
+  return rank(-jax.lax.stop_gradient(key))
 
 
 def num_kept(tokens: Tokens, keep: Any) -> Array:
@@ -155,11 +155,11 @@ def keep_top(tokens: Tokens, score: Array, keep: Any, *, raster: bool = False) -
     raster: survivors keep their order, as causal attention needs; otherwise they stand from best to worst.
   """
   index = jnp.arange(score.shape[1], dtype=jnp.int32)
-  order = ranking(tokens, score)
-  kept = jnp.argsort(order, axis=1) < num_kept(tokens, keep)
+  place = ranks(tokens, score)
+  kept = place < num_kept(tokens, keep)
   if raster:
-    order = jnp.argsort(jnp.where(kept, index, jnp.argsort(order, axis=1) + len(index)), axis=1).astype(jnp.int32)
-  return Plan(owner=jnp.where(kept, index, -1), order=order, gate=kept | ~tokens.alive)
+    place = rank(jnp.where(kept, index, place + len(index)))
+  return Plan(owner=jnp.where(kept, index, -1), order=inverse(place), gate=kept | ~tokens.alive)
 
 
 def merge_into(tokens: Tokens, owner: Array, order: Array, share: Array | None = None) -> Plan:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tokred import scores
-from tokred.reducers.base import Planner, finish, merge_into, num_kept, ranking, register
+from tokred.reducers.base import Planner, finish, merge_into, num_kept, ranks, register
 from tokred.reducers.tome import unit
 from tokred.tokens import Array, Plan, Tokens, inverse, take
 
@@ -44,7 +44,8 @@ class DiffRateMerge(Planner):
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     n = tokens.x.shape[1]
-    order = ranking(tokens, scores.cls_attention(tokens))
+    back = ranks(tokens, scores.cls_attention(tokens))
+    order = inverse(back)
     alive = tokens.alive.sum(1, keepdims=True)
     count = num_kept(tokens, keep)
     low, high = (keep, keep) if isinstance(keep, int) else (0, n)  # static counts: only the pairs that matter
@@ -60,7 +61,6 @@ class DiffRateMerge(Planner):
     match = jnp.concatenate([jnp.broadcast_to(rank[:low], goes[:, :low].shape), jnp.argmax(sim, -1)], axis=1)
     best = jnp.concatenate([jnp.ones(goes[:, :low].shape, sim.dtype), sim.max(-1, initial=-jnp.inf)], axis=1)
     owner = jnp.where(goes, match, jnp.where(rank < count, rank, -1)).astype(jnp.int32)
-    back = inverse(order)
     owner = take(owner, back)
     owner = jnp.where(owner >= 0, take(order, jnp.maximum(owner, 0)), -1)
     merged = take(goes, back)

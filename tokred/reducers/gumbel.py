@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tokred.reducers.base import Planner, keep_top, register
-from tokred.tokens import Array, Plan, Tokens, straight_through
+from tokred.tokens import Array, Plan, Tokens, inverse, rank, straight_through
 
 
 class Predictor(nn.Module):
@@ -72,7 +72,7 @@ class Gumbel(Planner):
     kept = keeps & tokens.alive
     index = jnp.arange(kept.shape[1], dtype=jnp.int32)
     place = jnp.where(tokens.protected, -1, jnp.where(kept, 0, jnp.where(tokens.alive, 1, 2)))
-    order = jnp.argsort(place, axis=1, stable=True).astype(jnp.int32)
+    order = inverse(rank(place))
     share = (weight * gate).sum(1) / jnp.maximum(free.sum(1), 1)
     plan = Plan(owner=jnp.where(kept, index, -1), order=order, gate=gate)
     return plan, {"score": logits[..., 0], "kept_share": share}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tokred.reducers.base import Planner, merge_into, num_kept, register
-from tokred.tokens import Array, Plan, Tokens, inverse
+from tokred.tokens import Array, Plan, Tokens, inverse, rank
 
 
 def unit(x: Array, alive: Array) -> Array:
@@ -49,8 +49,7 @@ class ToMe(Planner):
 
     alive = tokens.alive.sum(1, keepdims=True)
     removed = alive - num_kept(tokens, keep)  # r
-    edges = jnp.argsort(-best, axis=1, stable=True)
-    edge_rank = inverse(edges)
+    edge_rank = rank(-best)
     merged = (edge_rank < removed) & jnp.isfinite(best)
     owner = jnp.broadcast_to(index, tokens.mask.shape)
     owner = owner.at[:, ::2].set(jnp.where(merged, match, source))
@@ -62,5 +61,5 @@ class ToMe(Planner):
     key = key.at[:, ::2].set(jnp.where(merged, 4 * n - 1 - edge_rank, left + n))
     key = jnp.where(tokens.protected, index, key)
     key = jnp.where(tokens.alive, key, index + 4 * n)
-    order = jnp.argsort(key, axis=1).astype(jnp.int32)
+    order = inverse(rank(key))
     return merge_into(tokens, owner, order), {"similarity": best}

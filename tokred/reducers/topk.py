@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from tokred.config import nearest
-from tokred.reducers.base import Planner, keep_top, num_kept, ranking, register
+from tokred.reducers.base import Planner, keep_top, num_kept, ranks, register
 from tokred.scores import SCORES
-from tokred.tokens import Array, Plan, Tokens
+from tokred.tokens import Array, Plan, Tokens, inverse
 
 
 @register("topk")
@@ -45,8 +45,8 @@ class TopK(Planner):
     if not self.fuse:
       return keep_top(tokens, score, keep, raster=self.raster), {"score": score}
     index = jnp.arange(score.shape[1], dtype=jnp.int32)
-    order = ranking(tokens, score)
-    rank = jnp.argsort(order, axis=1)
+    rank = ranks(tokens, score)
+    order = inverse(rank)
     count = num_kept(tokens, keep)
     alive = tokens.alive.sum(1, keepdims=True)
     stays = (rank < count - 1) | (alive <= count)  # the last place is the fused token's

@@ -190,7 +190,7 @@ def law_3_tokens(module: base.Reducer, case: Case) -> None:
 def law_3_block(module: base.Reducer, case: ModelCase) -> None:
   """Through a whole block: attention must not leak either."""
   model = case.model()
-  if not model.sites.acts_before(1):
+  if not model.sites.masked(1, "mask"):
     return
   params = init(model, case.images())["params"]["block_1"]
   tokens = draw(1, model.sites.needs(0), protected=(0, 1), alive=(13,) * BATCH, earlier=False, dtype=jnp.float32)
