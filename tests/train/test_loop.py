@@ -78,8 +78,9 @@ def test_what_a_run_leaves(run):
   workdir, summary = run("dense")
   assert json.loads((workdir / "summary.json").read_text()) == summary
   assert summary.keys() == {
-    "accuracy", "loss", "examples", "counts", "gflops", "gmacs", "step", "seed", "seconds",
+    "accuracy", "accuracy_top5", "loss", "examples", "counts", "sites", "gflops", "gmacs", "step", "seed", "seconds",
   }  # fmt: skip
+  assert summary["accuracy"] <= summary["accuracy_top5"] <= 1 and summary["sites"] == {}
   assert summary["examples"] == 30 and summary["counts"] == [17, 17] and summary["step"] == micro.STEPS
   assert summary["gflops"] == pytest.approx(build(micro.config()).flops / 1e9)
   assert loading.load(workdir).config == micro.config() == checkpoint.read_config(workdir)

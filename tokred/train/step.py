@@ -65,7 +65,7 @@ def make_step(config: ConfigDict, module: ViT, optimizer: optax.GradientTransfor
     }
     if "ema" in state:
       new["ema"] = ema_update(state["ema"], new["params"], config.optim.ema, state["step"])
-    return new, metrics | {"grad_norm": optax.global_norm(grads)}
+    return new, metrics | {"grad_norm": optax.tree.norm(grads)}
 
   return step
 
