@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # else JAX tells of every backend that this machine does not have
   import tokred
   from tokred.evaluate import evaluate
+  from tokred.files import write_json
 
   try:
     model = tokred.load(_WORKDIR.value)
@@ -33,9 +34,7 @@ def main(argv: list[str]) -> None:
       model.config.data.data_dir = model.config.data.data_dir if _DATA_DIR.value is None else _DATA_DIR.value
     result = evaluate(model, _SPLIT.value, _BATCH_SIZE.value, _MODE.value)
     if _OUTPUT.value:
-      temporary = Path(f"{_OUTPUT.value}.tmp")
-      temporary.write_text(json.dumps(result, indent=2) + "\n")
-      temporary.replace(_OUTPUT.value)
+      write_json(Path(_OUTPUT.value), result)
   except (ValueError, OSError) as error:
     sys.exit(f"eval.py: {' '.join(str(error).split())}")
   print(json.dumps(result))

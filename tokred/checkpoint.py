@@ -16,14 +16,12 @@ The directory is a path of a mounted file system, shared by all processes.
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +32,12 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from tokred.config import complete
+from tokred.files import MANIFEST, find_damage, reason, write_json, write_manifest
 
 FOLDER = "checkpoints"  # inside a run directory
-MANIFEST = "manifest.json"
 
 # Written by orbax after the manifest, when it seals the folder; the first is checked by itself, the second is a marker.
 _SEALS = ("_CHECKPOINT_METADATA", "commit_success.txt")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_TEXTS = ("No space left", "Disk quota exceeded", "File too large")  # tensorstore reports no errno
 
 # A run may be resumed with other values of these: they do not change what is learned.
 _MAY_CHANGE = re.compile(
@@ -76,7 +72,7 @@ class Checkpoints:
     self.directory = Path(directory).absolute()
     self._saving: int | None = None
     self._keep = keep
-    _quieten_orbax()
+    quieten_orbax()
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
@@ -89,7 +85,7 @@ class Checkpoints:
     try:
       return ocp.CheckpointManager(self.directory, options=options)
     except OSError as error:
-      raise CheckpointError(f"{self.directory} cannot be used for checkpoints: {_reason(error)}") from error
+      raise CheckpointError(f"{self.directory} cannot be used for checkpoints: {reason(error)}") from error
 
   def save(
     self,
@@ -207,7 +203,7 @@ class Checkpoints:
       self._manager = self._open()
       good = self.latest_step()
       rest = "no earlier checkpoint exists" if good is None else f"the last good checkpoint is step {good}"
-      raise CheckpointError(f"{self.directory}: step {self._saving} not saved: {_reason(error)}; {rest}") from error
+      raise CheckpointError(f"{self.directory}: step {self._saving} not saved: {reason(error)}; {rest}") from error
 
 
 def steps(directory: str | os.PathLike) -> list[int]:
@@ -236,7 +232,7 @@ def restore_params(
     FileNotFoundError: there is no checkpoint.
     CheckpointError: the checkpoint is damaged, has no such part, or holds other arrays than `target`.
   """
-  _quieten_orbax()
+  quieten_orbax()
   folder = _step_folder(Path(path).absolute(), step)
   _verify(folder)
   tree = _saved_tree(folder)
@@ -252,51 +248,11 @@ def restore_params(
     return checkpointer.restore(folder / "state", args=args)[name]
 
 
-def write_manifest(folder: str | os.PathLike, leave_out: Collection[str] = ()) -> None:
-  """Writes size and SHA-256 of every file under a folder into its `manifest.json`, whole or not at all."""
-  folder = Path(folder)
-  files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-  files = {name: path for name, path in files.items() if name not in (*leave_out, MANIFEST)}
-  with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-    content = {
-      name: {"size": path.stat().st_size, "sha256": digest}
-      for (name, path), digest in zip(files.items(), pool.map(_digest, files.values()), strict=True)
-    }
-  _write_json(folder / MANIFEST, {"files": content})
-
-
-def find_damage(folder: str | os.PathLike) -> str | None:
-  """How the files of a folder differ from its manifest: the first difference in words, or None. Reads everything.
-
-  Detects accidents and edits, not forgery: who can write the files can write the manifest. Files that the manifest does
-  not name are ignored.
-  """
-  folder = Path(folder)
-  try:
-    files = json.loads((folder / MANIFEST).read_text())["files"]
-    files = [(name, folder / name, entry["size"], entry["sha256"]) for name, entry in files.items()]
-  except FileNotFoundError:
-    return f"{MANIFEST} is missing"
-  except (OSError, ValueError, TypeError, KeyError, AttributeError):
-    return f"{MANIFEST} is unreadable"
-
-  def check(entry: tuple[str, Path, int, str]) -> str | None:
-    name, path, size, digest = entry
-    if not path.is_file():
-      return f"{name} is missing"
-    if path.stat().st_size != size:
-      return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    return None if _digest(path) == digest else f"{name} has another content than was saved (SHA-256)"
-
-  with ThreadPoolExecutor() as pool:
-    return next((found for found in pool.map(check, files) if found), None)
-
-
 def write_config(directory: str | os.PathLike, config: ConfigDict) -> None:
   """Writes `config.json` into the run directory, whole or not at all; by the first process only."""
   if jax.process_index() == 0:
     Path(directory).mkdir(parents=True, exist_ok=True)
-    _write_json(Path(directory) / "config.json", config.to_dict())
+    write_json(Path(directory) / "config.json", config.to_dict())
 
 
 def read_config(directory: str | os.PathLike) -> ConfigDict:
@@ -349,11 +305,6 @@ def _step_folder(path: Path, step: int | None) -> Path:
   if not found or (step is not None and step not in found):
     raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in {directory}")
   return directory / str(found[-1] if step is None else step)
-
-
-def _digest(path: Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _verify(folder: Path) -> None:
@@ -446,23 +397,6 @@ def _check_room(directory: Path, state: Any) -> None:
     raise OSError(errno.ENOSPC, f"{free:,} bytes are free, {needed:,} needed")
 
 
-def _reason(error: Exception) -> str:
-  """One line; plain words where the disk is full."""
-  text = " ".join(str(error).split())
-  full = next((known for known in _FULL_TEXTS if known in text), None)
-  if isinstance(error, OSError) and error.errno in _FULL:
-    full = error.strerror
-  if full:
-    return f"the disk is full ({full}): make room, then run the same command again"
-  return f"{type(error).__name__}: {text[:300]}"
-
-
-def _write_json(path: Path, content: Any) -> None:
-  tmp = path.with_name(f".{path.name}.tmp")
-  tmp.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-  os.replace(tmp, path)
-
-
 def _tuples(value: Any) -> Any:
   """JSON has no tuples, configs have no lists."""
   if isinstance(value, Mapping):
@@ -487,6 +421,6 @@ def _quiet(record: logging.LogRecord) -> bool:
   return record.levelno >= logging.WARNING and not record.exc_info
 
 
-def _quieten_orbax() -> None:
+def quieten_orbax() -> None:
   for name in ("absl", "asyncio"):
     logging.getLogger(name).addFilter(_quiet)  # a filter that is there already is not added twice

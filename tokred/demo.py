@@ -3,8 +3,6 @@
 Everything lands in `runs/demo`; an interrupted demo goes on where it stopped.
 """
 
-import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ from ml_collections import ConfigDict
 
 from tokred import bench, export, loading, viz
 from tokred.evaluate import evaluate, examples
+from tokred.files import write_json
 from tokred.model import Model
 from tokred.train.loop import train
 
@@ -55,9 +54,7 @@ def run(dense_config: ConfigDict, learned_config: ConfigDict, workdir: Path, rou
     "seconds": round(time.monotonic() - begin, 1),
   }
   viz.save_survivors(reduced, images[:6], workdir / "survivors.png", titles=[f"digit {d}" for d in labels[:6]])
-  temporary = workdir / "summary.json.tmp"
-  temporary.write_text(json.dumps(summary, indent=2) + "\n")
-  os.replace(temporary, workdir / "summary.json")
+  write_json(workdir / "summary.json", summary)
   return summary
 
 

@@ -28,7 +28,7 @@ from jax import export as jax_export
 from ml_collections import ConfigDict
 
 import tokred
-from tokred import checkpoint
+from tokred import checkpoint, files
 from tokred.config import complete, nearest
 from tokred.model import Model, build, freeze
 
@@ -94,7 +94,7 @@ def save(
     "config": model.config.to_dict(),
     "source_config": source.to_dict(),
   }
-  checkpoint._quieten_orbax()
+  checkpoint.quieten_orbax()
   temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
   replaced = temporary.with_suffix(".old")
   try:
@@ -106,14 +106,14 @@ def save(
     if function is not None:
       (temporary / FUNCTION).write_bytes(function)
     (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n")
-    checkpoint.write_manifest(temporary)
+    files.write_manifest(temporary)
     if directory.exists():
       os.replace(directory, replaced)
     os.replace(temporary, directory)
   except Exception as error:  # a full disk is an OSError of ours, and of other types within orbax
     if replaced.exists() and not directory.exists():
       os.replace(replaced, directory)
-    raise ExportError(f"{directory} cannot be written: {checkpoint._reason(error)}") from error
+    raise ExportError(f"{directory} cannot be written: {files.reason(error)}") from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -139,7 +139,7 @@ def read_card(directory: str | os.PathLike[str], part: str | None = None) -> dic
     raise ExportError(f"{directory} has layout {version}, this tokred reads up to {VERSION}; upgrade tokred")
   if part is not None and part not in formats:
     raise ExportError(f"{directory} holds no {part!r}; it holds: {', '.join(map(str, formats))}")
-  damage = checkpoint.find_damage(directory)
+  damage = files.find_damage(directory)
   if damage:
     raise ExportError(f"{directory} is damaged: {damage}; export the model again")
   return card
@@ -210,7 +210,7 @@ def _check_replaceable(directory: Path) -> None:
   names = {path.name for path in directory.iterdir()} if directory.is_dir() else {"a file"}
   if names and CARD not in names:
     raise ValueError(f"{directory} exists and is no export; choose another folder")
-  if others := sorted(names - {CARD, PARAMS, FUNCTION, checkpoint.MANIFEST}):
+  if others := sorted(names - {CARD, PARAMS, FUNCTION, files.MANIFEST}):
     raise ValueError(f"{directory} is an export, but also holds {', '.join(others)}; choose another folder")
 
 

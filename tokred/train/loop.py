@@ -6,7 +6,6 @@ parameters' shardings; last the checkpoint of this run, which overwrites all of 
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 from tokred import checkpoint, evaluate, loading, sharding
 from tokred import data as tokred_data
 from tokred.config import complete
+from tokred.files import write_json
 from tokred.model import Model, freeze, init, without_sites
 from tokred.train.log import MetricLog
 from tokred.train.phase import Phase, check
@@ -90,7 +90,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     saved.close()
   summary = result | {"step": total, "seed": config.seed, "seconds": round(time.monotonic() - begin, 1)}
   if jax.process_index() == 0:
-    _write_json(workdir / "summary.json", summary)
+    write_json(workdir / "summary.json", summary)
   return summary
 
 
@@ -264,9 +264,3 @@ class _on_sigterm:
     if step % _LOOK_EVERY:
       return False
     return bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))  # all stop at the same step
-
-
-def _write_json(path: Path, content: Any) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(content, indent=2) + "\n")
-  os.replace(temporary, path)
