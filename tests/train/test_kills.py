@@ -74,7 +74,6 @@ def whole(cached_environment, tmp_path_factory):
   return workdir
 
 
-@pytest.mark.slow
 def test_ten_kills(whole, cached_environment, tmp_path):
   chance, saves_hit, codes = random.Random(0), 0, []
   moments = sorted(chance.sample(range(6, STEPS - 40), KILLS))  # far enough from the end to come in time
