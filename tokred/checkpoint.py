@@ -422,5 +422,6 @@ def _quiet(record: logging.LogRecord) -> bool:
 
 
 def quieten_orbax() -> None:
+  """Leaves out of the log what orbax says of each save, and what it raises anyway."""
   for name in ("absl", "asyncio"):
     logging.getLogger(name).addFilter(_quiet)  # a filter that is there already is not added twice

@@ -85,8 +85,7 @@ def counts_by_site(module: ViT, aux: dict[str, Any]) -> dict[str, jax.Array]:
   for spot in module.sites.spots:
     name = f"{spot.site}/{spot.layer}" + ("" if spot.child == spot.site else f"/{spot.reducer}")
     count = jnp.minimum(left, jnp.asarray(aux[f"reduce/{spot.site}/count"][spot.index], jnp.float32))
-    scoped = spot.place == "around" or (spot.place == "attn" and module.sites.at(spot.layer, "around"))
-    left = left if scoped else count
+    left = left if module.sites.scoped(spot) else count
     out[name] = count
   return out
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from tokred import cost
 from tokred.nn.vit import Output, ViT
+from tokred.sites import Sites
 from tokred.tokens import Array, Tokens, take
 
 
@@ -102,7 +103,7 @@ def macs(module: ViT, output: Output) -> Any:
 def dense_macs(module: ViT) -> float:
   """Multiply-adds of the same model without sites."""
   s = module.shape
-  return float(cost.macs(s.sizes(), module.clone(sites=type(module.sites)(module.sites.stack)).sites.profile(1, 1)))
+  return float(cost.macs(s.sizes(), Sites(module.sites.stack).profile(s.width, s.num_heads)))
 
 
 def terms(

@@ -92,6 +92,10 @@ class Sites:
     """Spots of a layer at any of these places."""
     return tuple(spot for spot in self.spots if spot.layer == layer and spot.place in places)
 
+  def scoped(self, spot: Spot) -> bool:
+    """Whether what a spot removes is back behind its block."""
+    return spot.place == "around" or (spot.place == "attn" and bool(self.at(spot.layer, "around")))
+
   def masked(self, layer: int, mode: str) -> bool:
     """Whether attention of this layer may meet dead tokens: in gather mode only where images keep different counts."""
     return any(mode == "mask" or spot.rate == "threshold" for spot in self._before(layer))
@@ -106,8 +110,9 @@ class Sites:
     def meets(spot: Spot) -> bool:
       if spot.place == "output":
         return False
-      inside = spot.place == "around" or (spot.place == "attn" and self.at(spot.layer, "around"))
-      return spot.layer == layer and spot.place != "attn" if inside else spot.layer < layer + (spot.place == "before")
+      if self.scoped(spot):
+        return spot.layer == layer and spot.place == "around"
+      return spot.layer < layer + (spot.place == "before")
 
     return [spot for spot in self.spots if meets(spot)]
 
@@ -121,9 +126,8 @@ class Sites:
     """Tokens leaving each block, where counts are static; `output` sites come after the last."""
     n, out = self.stack.num_tokens, []
     for layer in range(self.stack.depth):
-      around = bool(self.at(layer, "around"))
       for spot in self.at(layer, "before", "attn"):
-        n = spot.keep if not (around and spot.place == "attn") else n
+        n = n if self.scoped(spot) else spot.keep
       out.append(n)
     return tuple(out)
 
@@ -312,7 +316,7 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
   if not (isinstance(common["granularity"], int) and common["granularity"] >= 1):
     raise ValueError(f"{field}.granularity={common['granularity']!r} must be an int of at least 1")
   drafts = []
-  for where, layer in enumerate(sorted(layers)):
+  for where, layer in enumerate(layers):
     for slot, (reducer, cls) in enumerate(zip(names, classes, strict=True)):
       child = name if len(names) == 1 else f"{name}_{slot}_{reducer}"
       keep, removed = _values(field, site, slot, len(names), where, len(layers))
