@@ -1,19 +1,11 @@
-"""Reducers, one file a method; importing this package registers them."""
+"""Reducers, one file a method; importing this package registers them all."""
 
-from tokred.reducers import diffrate, gumbel, router, tome, topk
+import importlib
+import pkgutil
+
 from tokred.reducers.base import REGISTRY, Planner, Reducer, get, keep_top, merge_into, register
 
-__all__ = [
-  "REGISTRY",
-  "Planner",
-  "Reducer",
-  "diffrate",
-  "get",
-  "gumbel",
-  "keep_top",
-  "merge_into",
-  "register",
-  "router",
-  "tome",
-  "topk",
-]
+__all__ = ["REGISTRY", "Planner", "Reducer", "get", "keep_top", "merge_into", "register"]
+
+for _module in pkgutil.iter_modules(__path__):  # a new method is a new file, and nothing else
+  importlib.import_module(f"{__name__}.{_module.name}")
