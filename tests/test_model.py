@@ -77,7 +77,7 @@ def test_build_leaves_the_callers_config_alone():
     (dict(sites=dict(a=TOPK | dict(layers=(3,)))), ("sites.a.layers has 3", "layers 0 to 2")),
     (dict(sites=dict(a=TOPK | dict(keep=99))), ("sites.a: keep=99", "17 tokens", "layer 1")),
     (dict(sites=dict(a=TOPK | dict(keep=0.0))), ("sites.a.keep=0.0", "above 0.0")),
-    (dict(sites=dict(a=TOPK | dict(place="around"))), ("sites.a.place='around'", "attn, before, output")),
+    (dict(sites=dict(a=TOPK | dict(place="mlp"))), ("sites.a.place='mlp'", "attn, before, after, around")),
     (dict(sites=dict(a=TOPK | dict(rate="learnt"))), ("sites.a.rate='learnt'", "did you mean 'learned'")),
     (dict(sites=dict(a=TOPK | dict(scroe="x"))), ("sites.a.scroe", "did you mean 'score'")),
     (dict(sites=dict(a=TOPK, b=TOPK)), ("sites.b and sites.a", "layer 1")),

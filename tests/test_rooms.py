@@ -10,14 +10,15 @@ ROOMS = [  # from the bottom; a room may import those below it, not its neighbou
   {"scores"},
   {"rates", "cost"},
   {"reducers"},
+  {"layout"},
   {"sites"},
   {"nn"},
   {"losses", "pretrained", "sharding", "checkpoint", "model"},
   {"data"},
-  {"evaluate", "export", "bench", "viz"},
+  {"evaluate", "export", "bench", "viz", "calibrate"},
   {"loading"},
   {"train"},
-  {"demo", "testing"},
+  {"demo", "testing", "sweep"},
 ]
 PACKAGES = {"reducers", "nn", "data", "train", "testing"}  # their files know each other
 

@@ -7,8 +7,8 @@ import pytest
 import tokred.reducers  # noqa: F401 (registers)
 from tokred import sites
 from tokred.config import complete
+from tokred.layout import Stack
 from tokred.nn import vit
-from tokred.sites import Stack
 
 STACK = Stack(depth=4, num_tokens=17, num_protected=1)
 TOPK = dict(reducer="topk", layers=(1,), keep=0.5)
@@ -28,7 +28,10 @@ def counts(**named):
     (dict(layers=(1,), keep=0.5), r"sites.s.reducer is missing; valid: .*topk"),
     (dict(TOPK, reducer="topc"), r"sites.s.reducer='topc' is not a reducer; did you mean 'topk'\?"),
     (dict(TOPK, reducer=("topk", "tomee"), keep=((0.5,), (0.5,))), r"sites.s.reducer='tomee' .*did you mean 'tome'"),
-    (dict(TOPK, place="around"), r"sites.s.place='around' does not suit reducer 'topk'; valid: attn, before, output"),
+    (
+      dict(TOPK, place="mlp"),
+      r"sites.s.place='mlp' does not suit reducer 'topk'; valid: attn, before, after, around, output",
+    ),
     (dict(TOPK, stack="llm"), r"sites.s.stack='llm' does not exist in this model; valid: encoder"),
     (dict(reducer="topk", keep=0.5), r"sites.s.layers is missing; valid: a tuple of block numbers from 0 to 3"),
     (dict(TOPK, layers=(1, 4)), r"sites.s.layers has 4, but the encoder has layers 0 to 3"),

@@ -118,10 +118,18 @@ def default() -> ConfigDict:
       distill_tokens=0.0,  # squared distance to the teacher's tokens, over survivors
       keep_ratio=0.0,  # squared distance of each selector's kept share from its keep rate
       budget=0.0,  # squared distance of the cost from `target`, both as shares of the dense cost
+      global_ratio=0.0,  # squared distance of the kept share of all selectors together from their mean keep rate
+      ponder=0.0,  # layers that a token runs through, where tokens halt
+      halting_prior=0.0,  # KL of when they halt from a Gaussian around `halting_depth`
       consistency=0.0,  # squared distance of the pooled feature from that of a less reduced pass
+      full_cross_entropy=0.0,  # cross-entropy of the less reduced pass itself
+      full_distill=0.0,  # KL to its logits, which learn nothing from it
       router=0.0,  # cross-entropy of each router's logits against its choice
       temperature=1.0,  # of distill_logits
       target=0.5,  # budget: share of the dense FLOPs
+      halting_depth=8.0,  # in blocks
+      confidence=0.0,  # consistency: only for images whose label the model gives more than this probability
+      less=-1,  # the less reduced pass: -1 without sites; r: each of their spots removes up to r tokens, drawn anew
     )
   )
   config.teacher = ""  # run directory, export or weights of the teacher; "": the weights of `init`, without sites

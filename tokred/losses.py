@@ -9,8 +9,8 @@ import optax
 from ml_collections import ConfigDict
 
 from tokred import cost
+from tokred.layout import Sites, Spot
 from tokred.nn.vit import Output, ViT
-from tokred.sites import Sites
 from tokred.tokens import Array, Tokens, take
 
 
@@ -66,12 +66,39 @@ def budget(macs: Array, dense: float, target: float) -> Array:
   return jnp.square(macs / dense - target)
 
 
-def consistency(features: Array, full: Array) -> Array:
+def consistency(features: Array, full: Array, sure: Array | None = None) -> Array:
   """Squared distance of the pooled feature to that of a pass with more tokens, which learns nothing from it.
 
   (Lee et al., 2024, MCTF, arXiv:2403.10030)
+
+  Args:
+    features: (B, D).
+    full: (B, D).
+    sure: (B,) bool, the images that count; None: all.  If none does, the distance is 0.
   """
-  return jnp.square(features - jax.lax.stop_gradient(full)).mean()
+  each = jnp.square(features - jax.lax.stop_gradient(full)).mean(-1)
+  if sure is None:
+    return each.mean()
+  return jnp.sum(each * sure) / jnp.maximum(sure.sum(), 1)
+
+
+def global_ratio(shares: Sequence[Array], targets: Sequence[float]) -> Array:
+  """(Mean share over selectors and batch - mean target)^2: layers may specialise.  (DyT, arXiv:2403.11808)"""
+  return jnp.square(jnp.stack(shares).mean() - sum(targets) / len(targets))
+
+
+def halting_prior(halting: Sequence[Array], depth: float) -> Array:
+  """KL of the prior N(depth, 1) over blocks and the mean halting probabilities.  (A-ViT, arXiv:2112.07658)
+
+  Args:
+    halting: (B, N) of each block.
+    depth: centre of the prior, counted from 0.
+  """
+  mean = jnp.stack([h.mean() for h in halting])
+  q = jnp.clip(mean / mean.sum(), 0.01, 0.99)
+  p = jnp.exp(-0.5 * jnp.square(jnp.arange(len(halting)) - depth))
+  p = jnp.clip(p / p.sum(), 0.01, 0.99)
+  return jnp.sum(p * (jnp.log(p) - jnp.log(q)))
 
 
 def router(logits: Sequence[Array], chosen: Sequence[Array], free: Sequence[Array]) -> Array:
@@ -87,6 +114,20 @@ def router(logits: Sequence[Array], chosen: Sequence[Array], free: Sequence[Arra
     each = optax.sigmoid_binary_cross_entropy(r, c.astype(jnp.float32))
     total = total + jnp.where(f, each, 0.0).sum() / jnp.maximum(f.sum(), 1)
   return total / len(logits)
+
+
+def recalibration(recovered: Sequence[Array], teacher: Sequence[Array]) -> Array:
+  """Mean over layers of the squared distance of recovered tokens to the teacher's.  (Zong et al., 2022, SiT)
+
+  The authors' weight is 2.
+
+  Args:
+    recovered: (B, P, D) for each layer, what a `sit_reverse` reports.
+    teacher: (B, P, D) for each, the patches that leave the same block of the dense teacher; they learn nothing.
+  """
+  pairs = zip(recovered, teacher, strict=True)
+  square = lambda r, t: jnp.square(r.astype(jnp.float32) - jax.lax.stop_gradient(t).astype(jnp.float32)).mean()  # noqa: E731
+  return sum(square(r, t) for r, t in pairs) / len(recovered)
 
 
 def counts(module: ViT, output: Output) -> dict[str, dict[int, Array]]:
@@ -117,28 +158,47 @@ def terms(
     output: of the student.
     target: (B, classes) probabilities.
     teacher: of the dense teacher, where a distillation weight is not 0.
-    full: of the student without its sites, where the consistency weight is not 0.
+    full: of the less reduced pass, where a weight that reads it is not 0.
   """
   out = {"cross_entropy": cross_entropy(output.logits, target, config.label_smoothing)}
   if config.distill_logits:
     out["distill_logits"] = distill_logits(output.logits, teacher.logits, config.temperature)
   if config.distill_tokens:
     out["distill_tokens"] = distill_tokens(output.tokens, teacher.tokens.x)
-  if config.keep_ratio:
-    shares = {spot: output.aux.get(f"reduce/{spot.site}/kept_share", {}).get(spot.index) for spot in module.sites.spots}
-    shares = {spot: share for spot, share in shares.items() if share is not None}
-    out["keep_ratio"] = keep_ratio(list(shares.values()), [spot.share for spot in shares]) if shares else jnp.zeros(())
+  reports = lambda name: reported(module, output, name)  # noqa: E731
+  for name, ratio in (("keep_ratio", keep_ratio), ("global_ratio", global_ratio)):
+    if config[name]:
+      shares = reports("kept_share")
+      out[name] = ratio(list(shares.values()), [spot.share for spot in shares]) if shares else jnp.zeros(())
   if config.budget:
     out["budget"] = budget(macs(module, output), dense_macs(module), config.target)
+  if config.ponder:
+    ponder = max(reports("ponder").items(), key=lambda item: item[0].layer)[1]
+    out["ponder"] = ponder.mean()
+  if config.halting_prior:
+    halting = {spot.layer: value for spot, value in reports("halting").items()}
+    out["halting_prior"] = halting_prior([halting[layer] for layer in sorted(halting)], config.halting_depth)
   if config.consistency:
-    out["consistency"] = consistency(output.features, full.features)
+    sure = jnp.sum(jax.nn.softmax(output.logits) * (target > 0), -1) > config.confidence if config.confidence else None
+    out["consistency"] = consistency(output.features, full.features, sure)
+  if config.full_cross_entropy:
+    out["full_cross_entropy"] = cross_entropy(full.logits, target, config.label_smoothing)
+  if config.full_distill:
+    out["full_distill"] = distill_logits(output.logits, jax.lax.stop_gradient(full.logits))
   if config.router:
-    routers = [spot for spot in module.sites.spots if spot.place == "around"]
-    read = lambda name: [output.aux[f"reduce/{spot.site}/{name}"][spot.index] for spot in routers]  # noqa: E731
-    out["router"] = router(read("score"), read("chosen"), read("free"))
+    score, chosen, free = (reports(name) for name in ("score", "chosen", "free"))
+    out["router"] = router([score[spot] for spot in chosen], list(chosen.values()), list(free.values()))
+  for name in sorted({name for name in output.aux if name.split("/")[-1].startswith("loss")}):
+    out[name] = sum(jnp.mean(value) for value in output.aux[name].values())
   return out
 
 
+def reported(module: ViT, output: Output, name: str) -> dict[Spot, Array]:
+  """What each spot reported under a name, for those that did."""
+  found = {spot: output.aux.get(f"reduce/{spot.site}/{name}", {}).get(spot.index) for spot in module.sites.spots}
+  return {spot: value for spot, value in found.items() if value is not None}
+
+
 def total(config: ConfigDict, named: Mapping[str, Array]) -> Array:
-  """Sum of the terms with their weights from `config.loss`."""
-  return sum(config[name] * value for name, value in named.items())
+  """Sum of the terms with their weights from `config.loss`; what reducers report as loss has its weight already."""
+  return sum(config.get(name, 1.0) * value for name, value in named.items())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from tokred import cost, rates
 from tokred.config import complete, nearest
+from tokred.layout import Spot, walk
 from tokred.nn import vit
 from tokred.tokens import Array
 
@@ -168,23 +169,21 @@ def freeze(model: Model) -> Model:
 
 
 def _frozen_counts(model: Model) -> list[int]:
-  """Tokens that leave each spot; those that go round a block are back behind it."""
-  sites, multiple = model.module.sites, model.config.rates.multiple_of
-  n, inner, layer, out = sites.stack.num_tokens, None, 0, []
-  for spot in sites.spots:
-    if spot.layer != layer:
-      inner, layer = None, spot.layer
-    arriving, count = n if inner is None else inner, spot.keep
-    if spot.rate == "learned":
-      logits = jnp.asarray(_at(model.params, f"block_{spot.layer}", "reduce", spot.child, "rate", "logits"))
-      count = int(rates.kept_count(logits, spot.candidates)) + spot.protected
-      count = max(round(count / multiple) * multiple, spot.module().fewest(arriving, spot.protected))
-    count = min(arriving, count)
-    if spot.place == "around" or inner is not None:
-      inner = count
-    else:
-      n = count
-    out.append(count)
+  """Tokens that leave each spot."""
+  sites, multiple, out = model.module.sites, model.config.rates.multiple_of, []
+
+  def leave(spots: Sequence[Spot], n: int) -> int:
+    for spot in spots:
+      count = spot.keep
+      if spot.rate == "learned":
+        logits = jnp.asarray(_at(model.params, f"block_{spot.layer}", "reduce", spot.child, "rate", "logits"))
+        count = int(rates.kept_count(logits, spot.candidates)) + spot.protected
+        count = max(round(count / multiple) * multiple, spot.module().fewest(n, spot.protected))
+      n = count if spot.type.recovers else min(n, count)
+      out.append(n)
+    return n
+
+  walk(sites.stack.depth, sites.at, sites.stack.num_tokens, leave)
   return out
 
 

@@ -5,7 +5,9 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
   reducer      a registered name, or a tuple of names that act in this order (DiffRate: ("topk", "diffrate_merge"))
   layers       the blocks it acts in, from 0, ascending
   stack        "encoder"
-  place        before (a block), attn (between attention and MLP), around (a block), output (after the last block)
+  place        before (a block), around (a block), ahead (of attention, whose map serves the reduced tokens), attn
+               (between attention and MLP), mlp (around the MLP), after (a block), output (after the last block)
+  until        around: the block behind which those that went round are back; the same block where it is not given
   keep         share (float, of the unprotected tokens that arrive) or number (int, protected ones counted) of tokens
                that come out; one for all layers, or a tuple with one a layer; for a tuple of reducers a tuple of these
   r            instead of keep: tokens removed in each layer, or (r, inflection), or a tuple with one a layer
@@ -25,137 +27,15 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokred import cost, rates
+from tokred import rates
 from tokred.config import nearest
+from tokred.layout import PLACES, Sites, Spot, Stack, walk
 from tokred.reducers import base
 from tokred.tokens import Array, Tokens
 
-PLACES = ("before", "around", "attn", "output")
 FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold")
-FIELDS += ("proportional",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stack:
-  """What a site must know of the blocks that it sits in."""
-
-  depth: int
-  num_tokens: int  # at the input, protected ones counted
-  num_protected: int
-  has_cls: bool = True
-  name: str = "encoder"
-
-
-@dataclasses.dataclass(frozen=True)
-class Spot:
-  """One reducer of one site in one layer."""
-
-  site: str
-  index: int  # among the site's spots, in the order in which they act
-  child: str  # module name under reduce/
-  layer: int
-  place: str
-  reducer: str
-  options: tuple[tuple[str, Any], ...]
-  rate: str
-  arriving: int  # tokens in, where the counts are static
-  keep: int  # tokens out; the capacity of a threshold; all that arrive where the rate is learned
-  share: float  # unprotected tokens that should be left, as a share of those at the input
-  protected: int
-  granularity: int = 1
-  threshold: float = 0.0
-  proportional: bool = False
-
-  @property
-  def idle(self) -> bool:
-    """Whether it is known to let every token through, as frozen rates often do in some layers."""
-    return self.rate == "fixed" and self.keep >= self.arriving and self.place != "around"
-
-  @property
-  def candidates(self) -> tuple[int, ...]:
-    """Counts of unprotected tokens that a learned rate chooses among."""
-    return rates.candidates(self.arriving - self.protected, self.granularity)
-
-  def module(self, **kwargs: Any) -> base.Reducer:
-    """The reducer with its options."""
-    return base.REGISTRY[self.reducer](**dict(self.options), **kwargs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sites:
-  """All spots of a stack in the order in which tokens meet them."""
-
-  stack: Stack
-  spots: tuple[Spot, ...] = ()
-
-  def at(self, layer: int, *places: str) -> tuple[Spot, ...]:
-    """Spots of a layer at any of these places."""
-    return tuple(spot for spot in self.spots if spot.layer == layer and spot.place in places)
-
-  def scoped(self, spot: Spot) -> bool:
-    """Whether what a spot removes is back behind its block."""
-    return spot.place == "around" or (spot.place == "attn" and bool(self.at(spot.layer, "around")))
-
-  def masked(self, layer: int, mode: str) -> bool:
-    """Whether attention of this layer may meet dead tokens: in gather mode only where images keep different counts."""
-    return any(mode == "mask" or spot.rate == "threshold" for spot in self._before(layer))
-
-  def proportional(self, layer: int, mode: str) -> bool:
-    """Whether log(size) biases attention of this layer; not where every size is known to be 1."""
-    return any(spot.proportional and (mode == "mask" or not spot.idle) for spot in self._before(layer))
-
-  def _before(self, layer: int) -> list[Spot]:
-    """Spots whose decision attention of this layer meets; a scope is over when its block is."""
-
-    def meets(spot: Spot) -> bool:
-      if spot.place == "output":
-        return False
-      if self.scoped(spot):
-        return spot.layer == layer and spot.place == "around"
-      return spot.layer < layer + (spot.place == "before")
-
-    return [spot for spot in self.spots if meets(spot)]
-
-  def needs(self, layer: int) -> tuple[str, ...]:
-    """Features that the block of this layer must provide."""
-    here = self.at(layer, "attn")
-    after = self.at(layer + 1, "before", "around") + (self.at(-1, "output") if layer == self.stack.depth - 1 else ())
-    return tuple(sorted({need for spot in here + after for need in spot.module().needed()}))
-
-  def counts(self) -> tuple[int, ...]:
-    """Tokens leaving each block, where counts are static; `output` sites come after the last."""
-    n, out = self.stack.num_tokens, []
-    for layer in range(self.stack.depth):
-      for spot in self.at(layer, "before", "attn"):
-        n = n if self.scoped(spot) else spot.keep
-      out.append(n)
-    return tuple(out)
-
-  def profile(self, width: int, num_heads: int, counts: Mapping[str, Sequence[Any]] | None = None) -> cost.Profile:
-    """Token counts along the depth, for `cost`.
-
-    Args:
-      width: of the stack; with `num_heads` it prices the reducers' own work.
-      num_heads: of its attention.
-      counts: tokens out by site and spot, numbers or traced scalars, where they differ from the static ones.
-    """
-    n, attention, mlp, extra = self.stack.num_tokens, [], [], 0.0
-
-    def reduce(n: Any, spots: Sequence[Spot]) -> Any:
-      nonlocal extra
-      out = [counts[s.site][s.index] if counts and s.site in counts else s.keep for s in spots]
-      extra = extra + sum(spot.module().macs(n, width, num_heads) for spot in spots)
-      return cost.min_st(n, out)
-
-    for layer in range(self.stack.depth):
-      n = reduce(n, self.at(layer, "before"))
-      around = self.at(layer, "around")
-      inner = reduce(n, around) if around else n
-      attention.append(inner)
-      inner = reduce(inner, self.at(layer, "attn"))
-      mlp.append(inner)
-      n = n if around else inner
-    return cost.Profile(tuple(attention), tuple(mlp), reduce(n, self.at(-1, "output")), extra)
+FIELDS += ("proportional", "until")
+PLACED = frozenset({"layer", "depth"})  # fields of a reducer that its site fills in
 
 
 def scheduled(sites: Mapping[str, Mapping[str, Any]], stack: Stack, step: int) -> dict[str, tuple[int, ...]]:
@@ -182,6 +62,8 @@ class Step(nn.Module):
     self, tokens: Tokens, keeps: Mapping[str, Array] | None, *, train: bool, mode: str
   ) -> tuple[Tokens, dict[str, Array]]:
     spot = self.spot
+    if spot.type.training_only and not (train or self.is_initializing()):
+      return tokens, {"count": jnp.asarray(tokens.x.shape[1], jnp.float32)}
     reducer = spot.module(name=spot.reducer)
     if spot.rate == "learned":
       if mode == "gather":
@@ -201,7 +83,7 @@ class Step(nn.Module):
     if mode == "gather" and spot.idle and keeps is None and not self.is_initializing():
       return tokens, {"count": jnp.asarray(keep, jnp.float32)}  # nothing is ranked, matched or moved
     tokens, report = reducer(tokens, keep, train=train, mode=mode)
-    static = spot.rate != "threshold" and "kept_share" not in report
+    static = spot.rate != "threshold" and "kept_share" not in report and not spot.type.ragged
     count = jnp.asarray(keep, jnp.float32) if static else tokens.mask.astype(jnp.float32).sum(1).mean()
     return tokens, report | {"count": count}
 
@@ -221,6 +103,8 @@ class Reduce(nn.Module):
       if spot.place == place:
         tokens, report = Step(spot, name=spot.child)(tokens, keeps, train=train, mode=mode)
         for name, value in report.items():
+          if name == "plan" and place != "ahead":
+            continue
           reports.setdefault(f"reduce/{spot.site}/{name}", {})[spot.index] = value
     return tokens, reports
 
@@ -240,23 +124,35 @@ def parse(sites: Mapping[str, Mapping[str, Any]], stack: Stack) -> Sites:
         f"sites.{draft['site']} and sites.{taken[where]} both act in layer {where[0]} at place={where[1]!r}, and names "
         "give no order; make them one site whose reducer is a tuple"
       )
-  last = stack.depth
-  drafts.sort(key=lambda d: (last if d["place"] == "output" else d["layer"], PLACES.index(d["place"]), d["slot"]))
-  n, inner, layer, left, spots, index = stack.num_tokens, None, 0, 1.0, [], {}
-  for draft in drafts:
-    if draft["layer"] != layer:
-      inner, layer = None, draft["layer"]
-    arriving = n if inner is None else inner
-    spot, left = _count(draft, arriving, left, stack, index.setdefault(draft["site"], 0))
-    index[draft["site"]] += 1
-    if spot.place == "around":
-      inner = spot.keep
-    elif inner is not None and spot.place == "attn":
-      inner = spot.keep
-    else:
+  last, order = stack.depth, PLACES.index
+  drafts.sort(key=lambda d: (last if d["place"] == "output" else d["layer"], order(d["place"]), d["slot"]))
+  left, spots, index = 1.0, [], {}
+
+  def at(layer: int, *places: str) -> list[dict[str, Any]]:
+    return [draft for draft in drafts if draft["layer"] == layer and draft["place"] in places]
+
+  def leave(here: Sequence[dict[str, Any]], n: int) -> int:
+    nonlocal left
+    before = left
+    for draft in here:
+      spot, left = _count(draft, n, left, stack, index.setdefault(draft["site"], 0))
+      index[draft["site"]] += 1
+      spots.append(spot)
       n = spot.keep
-    spots.append(spot)
-  return Sites(stack, tuple(spots))
+    if here[0]["place"] in ("around", "mlp"):  # who goes round is back
+      left = before
+    return n
+
+  walk(stack.depth, at, stack.num_tokens, leave)
+  sites = Sites(stack, tuple(spots))
+  for spot in spots:
+    scope = sites.opening(spot)
+    if spot.place == "around" and scope is not spot and scope.layer != spot.layer:
+      raise ValueError(
+        f"sites.{spot.site}.layers has {spot.layer}, which lies in the scope of sites.{scope.site} (layers "
+        f"{scope.layer} to {scope.until}); scopes do not nest"
+      )
+  return sites
 
 
 def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]:
@@ -292,6 +188,8 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(f"{field}.rate={rate!r} is not a rate; {nearest(rate, rates.RATES)}")
   if rate == "learned" and (("keep" in site) or ("r" in site)):
     raise ValueError(f"{field}.keep is learned: drop the field, or set {field}.rate='fixed'")
+  if not any(cls.idles for cls in classes):  # these act on all tokens, and need not be told how many
+    site.setdefault("keep", 1.0 if len(names) == 1 else (1.0,) * len(names))
   if rate != "learned" and ("keep" in site) == ("r" in site):
     raise ValueError(f"{field} needs exactly one of keep (share or number of tokens) and r (tokens removed)")
   if rate == "threshold" and "threshold" not in site:
@@ -306,8 +204,18 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(f"{field}.rate={rate!r} needs reducers that write plans; {names} do not")
   if rate == "threshold" and not all(cls.scored for cls in classes):
     raise ValueError(f"{field}.rate='threshold' needs reducers that score each token; {names} do not")
-  if rate == "learned" and place in ("around", "output"):
-    raise ValueError(f"{field}.rate='learned' is not available at place={place!r}; valid: before, attn")
+  if rate == "learned" and place not in ("before", "ahead", "attn", "after"):
+    raise ValueError(f"{field}.rate='learned' is not available at place={place!r}; valid: before, ahead, attn, after")
+  if place == "ahead" and len(names) > 1:
+    raise ValueError(f"{field}.reducer={names}: one reducer can act ahead of attention; name one, or set place='attn'")
+  until = site.get("until")
+  if until is not None and not (
+    place == "around" and len(layers) == 1 and type(until) is int and layers[0] <= until < stack.depth
+  ):
+    raise ValueError(
+      f"{field}.until={until!r} is the last block of a scope: it needs place='around', one layer, and a block from "
+      f"that layer to {stack.depth - 1}"
+    )
   options = _options(field, site, names, classes)
   common = dict(site=name, place=place, rate=rate, granularity=site.get("granularity", 1))
   common["threshold"] = site.get("threshold", 0.0)
@@ -321,9 +229,12 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
       child = name if len(names) == 1 else f"{name}_{slot}_{reducer}"
       keep, removed = _values(field, site, slot, len(names), where, len(layers))
       proportional = site.get("proportional", any(cls.proportional for cls in classes))
-      draft = dict(common, slot=slot, layer=layer, reducer=reducer, child=child, options=options[slot])
+      placed = {"layer": stack.depth if layer < 0 else layer, "depth": stack.depth}
+      given = tuple((k, v) for k, v in placed.items() if k in PLACED & _fields(cls))
+      draft = dict(common, slot=slot, layer=layer, reducer=reducer, child=child, options=options[slot] + given)
+      draft["until"] = layer if until is None else until
       drafts.append(dict(draft, keep=keep, r=removed, proportional=proportional))
-      for need in cls(**dict(options[slot])).needed():
+      for need in cls(**dict(draft["options"])).needed():
         if need == "cls_attention" and not stack.has_cls:
           raise ValueError(
             f"{field}.reducer={reducer!r} scores by cls_attention, but config.model.pool leaves this model without a "
@@ -334,9 +245,13 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
   return drafts
 
 
+def _fields(cls: type[base.Reducer]) -> set[str]:
+  return {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
+
+
 def _options(field: str, site: dict, names: tuple[str, ...], classes: list[type]) -> list[tuple[tuple[str, Any], ...]]:
   """Options of each reducer of a site, checked against the fields of their classes."""
-  own = [{f.name for f in dataclasses.fields(cls)} - {"parent", "name"} for cls in classes]
+  own = [_fields(cls) - PLACED for cls in classes]
   given = {key: value for key, value in site.items() if key not in FIELDS}
   for key in given:
     if not any(key in fields for fields in own):
@@ -385,7 +300,9 @@ def _count(draft: dict[str, Any], arriving: int, left: float, stack: Stack, inde
   reducer = base.REGISTRY[draft["reducer"]](**dict(draft["options"]))
   protected, source = stack.num_protected, stack.num_tokens - stack.num_protected
   fewest = reducer.fewest(arriving, protected)
-  if draft["rate"] == "learned":
+  if reducer.recovers:
+    count, left = stack.num_tokens, 1.0
+  elif draft["rate"] == "learned":
     count = arriving
   elif removed is not None:
     if not (isinstance(removed, int) and removed >= 0):

@@ -240,17 +240,24 @@ def bypass(outer: Tokens, inner: Tokens, weight: Array | None = None) -> Tokens:
   Returns:
     `outer` with x + weight (x_inner - x) where a token went through.
   """
-  through = (inner.owner >= 0) & restore(inner.alive, inner.owner)
+  through = (inner.owner >= 0) & restore(inner.alive | jnp.issubdtype(inner.mask.dtype, jnp.floating), inner.owner)
   update = restore(inner.x, inner.owner) - outer.x
+  if jnp.issubdtype(inner.mask.dtype, jnp.floating):  # a gate learns from the update that it lets through or holds back
+    gate = restore(inner.mask, inner.owner)
+    weight = gate if weight is None else weight * gate
   if weight is not None:
     update = update * weight[..., None].astype(update.dtype)
   return outer.replace(x=jnp.where(through[..., None], outer.x + update, outer.x))
 
 
+def follow(owner: Array, step: Array) -> Array:
+  """Composes two source maps, (B, S) and (B, N): source -> token -> where that token went; -1 where it is lost."""
+  return jnp.where(owner >= 0, take(step, jnp.maximum(owner, 0)), -1)
+
+
 def _follow(owner: Array, step: Array, place: Array) -> Array:
   """Composes the source map (B, S) with one plan: source -> token -> its owner -> the owner's new place."""
-  new = jnp.where(step >= 0, take(place, jnp.maximum(step, 0)), -1)
-  return jnp.where(owner >= 0, take(new, jnp.maximum(owner, 0)), -1)
+  return follow(owner, jnp.where(step >= 0, take(place, jnp.maximum(step, 0)), -1))
 
 
 def _silence(tokens: Tokens) -> Tokens:

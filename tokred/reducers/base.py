@@ -37,7 +37,11 @@ def get(name: str, field: str = "reducer") -> type["Reducer"]:
 class Reducer(nn.Module):
   """Who represents whom: a module from Tokens to Tokens.
 
-  Its dataclass fields are its options; a site sets them by name.
+  Its dataclass fields are its options; a site sets them by name.  The int fields `layer` and `depth` are no options:
+  where a class has them, the site fills them in (the block, from 0, and how many there are).
+
+  A report whose name begins with "loss" (a scalar or (B,), times the reducer's own weight) is added to the loss.  What
+  it puts in `feats` under a name that begins with "state/" stays there from block to block.
   """
 
   needs: ClassVar[tuple[str, ...]] = ()  # features that the block shall put in tokens.feats
@@ -46,7 +50,12 @@ class Reducer(nn.Module):
   scored: ClassVar[bool] = True  # reports a "score" of each token, so that a threshold can decide
   from_input: ClassVar[bool] = False  # keep rates count from the input's tokens, not from those that arrive
   proportional: ClassVar[bool] = False  # from here on log(size) biases attention, unless the site says otherwise
-  places: ClassVar[tuple[str, ...]] = ("attn", "before", "output")  # where it may stand; the first is the default
+  idles: ClassVar[bool] = True  # does nothing at all where every token stays
+  ragged: ClassVar[bool] = False  # counts differ between images: `keep` is a capacity
+  recovers: ClassVar[bool] = False  # brings the input's tokens back, and asks for no count
+  training_only: ClassVar[bool] = False  # an auxiliary head: it leaves the tokens as they are, and freeze drops it
+  training_params: ClassVar[tuple[str, ...]] = ()  # submodules that only training uses; freeze drops them
+  places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "output")  # where it may stand, the default first
 
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
     """Reduces.

@@ -22,6 +22,7 @@ class TopK(Planner):
   """
 
   conserves: ClassVar[bool] = False
+  places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "around", "output")
 
   score: str = "cls_attention"  # a name of tokred.scores.SCORES
   fuse: bool = False

@@ -1,5 +1,6 @@
 """What is compiled for one config: a run has two phases where rates are learned and then frozen, else one."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,9 @@ class Phase:
     # The state comes out as it went in: else XLA chooses, and a run that is resumed would not be the same program.
     out = (self.shardings, NamedSharding(mesh, PartitionSpec()))
     step = make_step(config, self.module, self.optimizer, self.mode)
-    self.step = jax.jit(step, donate_argnums=0, out_shardings=out)
+    self.step = functools.partial(
+      jax.jit(step, donate_argnums=0, out_shardings=out), seed=np.uint32(config.seed % 2**32)
+    )
 
   @property
   def config(self) -> ConfigDict:
@@ -89,7 +92,10 @@ def check(config: ConfigDict) -> None:
     if not valid(value):
       raise ValueError(f"config.{name}={value!r}; valid: {words}")
   for field, value in config.loss.items():
-    if not 0 <= value < float("inf"):
+    if field == "less":
+      if value < -1:
+        raise ValueError(f"config.loss.less={value!r}; valid: -1, or a number of tokens, 0 or more")
+    elif not 0 <= value < float("inf"):
       raise ValueError(f"config.loss.{field}={value!r}; valid: a finite number, 0 or more")
 
 
@@ -104,11 +110,21 @@ def _check_sites(config: ConfigDict, module: ViT) -> None:
     raise ValueError(f"config.train.mode='gather' has static counts, but those of sites {scheduled} move")
   if config.rates.freeze_step and scheduled:
     raise ValueError(f"config.rates.freeze_step={config.rates.freeze_step}, but the counts of sites {scheduled} move")
+  if config.loss.less >= 0 and (learned or scheduled):
+    raise ValueError(
+      f"config.loss.less={config.loss.less} sets counts, but those of sites {learned + scheduled} are not fixed; "
+      "set it to -1"
+    )
   acts = {
     "budget": (learned, "no site has rate='learned'"),
     "keep_ratio": (spots, "there are no sites"),
+    "global_ratio": (spots, "there are no sites"),
+    "ponder": ([spot for spot in spots if spot.reducer == "avit"], "no site has reducer='avit'"),
+    "halting_prior": ([spot for spot in spots if spot.reducer == "avit"], "no site has reducer='avit'"),
     "consistency": (spots, "there are no sites"),
-    "router": ([spot for spot in spots if spot.place == "around"], "no site has place='around'"),
+    "full_cross_entropy": (spots, "there are no sites"),
+    "full_distill": (spots, "there are no sites"),
+    "router": ([spot for spot in spots if spot.reducer == "router"], "no site has reducer='router'"),
     "distill_logits": (config.teacher or config.init, "neither config.teacher nor config.init names a teacher"),
     "distill_tokens": (config.teacher or config.init, "neither config.teacher nor config.init names a teacher"),
   }

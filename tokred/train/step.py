@@ -28,14 +28,15 @@ def make_step(config: ConfigDict, module: ViT, optimizer: optax.GradientTransfor
   """The training step, to be jitted with a donated state.
 
   Args:
-    config: the whole config; read are `loss`, `train.accumulate`, `optim.ema` and `seed`.
+    config: the whole config; read are `loss`, `train.accumulate` and `optim.ema`.
     module: the student.
     optimizer: of `tokred.train.optim.make_optimizer`.
     mode: "mask" or "gather".
 
   Returns:
-    step(state, batch, keeps, teacher) -> (state, metrics): keeps are counts of scheduled sites or None, teacher the
-    parameters of the dense teacher or None; metrics are float32 scalars, the terms of the loss by their names.
+    step(state, batch, keeps, teacher, seed) -> (state, metrics): keeps are counts of scheduled sites or None, teacher
+    the parameters of the dense teacher or None, seed a uint32, an input so that all seeds share one program; metrics
+    are float32 scalars, the terms of the loss by their names.
   """
   weights, dense = config.loss, without_sites(module)
 
@@ -46,16 +47,16 @@ def make_step(config: ConfigDict, module: ViT, optimizer: optax.GradientTransfor
     output = module.apply({"params": params}, images, train=True, mode=mode, keeps=keeps, rngs=streams)
     taught = None if teacher is None else dense.apply({"params": teacher}, images)
     full = None
-    if weights.consistency:
-      full = dense.apply({"params": params}, images, train=True, rngs={"dropout": streams["full"]})
+    if weights.consistency or weights.full_cross_entropy or weights.full_distill:
+      full = _less_reduced(module, weights.less, params, images, streams["full"])
     terms = losses.terms(weights, module, output, target, taught, full)
     right = output.logits.argmax(-1) == target.argmax(-1)
     counts = {f"counts/{name}": count for name, count in counts_by_site(module, output.aux).items()}
     metrics = terms | {"accuracy": right.astype(jnp.float32).mean()} | counts
     return losses.total(weights, terms), metrics
 
-  def step(state: State, batch: dict, keeps: Mapping[str, Any] | None, teacher: Any) -> tuple[State, dict]:
-    rng = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+  def step(state: State, batch: dict, keeps: Mapping[str, Any] | None, teacher: Any, seed: Any) -> tuple[State, dict]:
+    rng = jax.random.fold_in(jax.random.key(seed), state["step"])
     grads, metrics = _accumulate(loss, state["params"], batch, rng, keeps, teacher, config.train.accumulate)
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     new = {
@@ -68,6 +69,20 @@ def make_step(config: ConfigDict, module: ViT, optimizer: optax.GradientTransfor
     return new, metrics | {"grad_norm": optax.tree.norm(grads)}
 
   return step
+
+
+def _less_reduced(module: ViT, less: int, params: Any, images: jax.Array, rng: jax.Array) -> Any:
+  """The pass that the student shall agree with; of its sites each spot removes r tokens, r drawn from 0 to `less`."""
+  if less < 0:
+    return without_sites(module).apply({"params": params}, images, train=True, rngs={"dropout": rng})
+  removed, left, keeps = jax.random.randint(rng, (), 0, less + 1), module.sites.stack.num_tokens, {}
+  for spot in module.sites.spots:
+    scoped = module.sites.scoped(spot)
+    count = jnp.maximum(left - removed, spot.keep)
+    left = left if scoped else count
+    keeps.setdefault(spot.site, []).append(count)
+  keeps = {name: jnp.stack(counts) for name, counts in keeps.items()}
+  return module.apply({"params": params}, images, mode="mask", keeps=keeps)
 
 
 def transfer(state: State, target: Any) -> State:

@@ -1,0 +1,117 @@
+"""MCTF against its authors' code: matching, pooling, one-step-ahead attention, training with consistency."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import (
+  MODES,
+  backbone,
+  check_forward,
+  check_sources,
+  forward,
+  model,
+  needs_golden,
+  quick,
+  recorded,
+  value_and_grads,
+)
+
+from tokred import config as defaults
+from tokred import losses
+from tokred import tokens as tk
+from tokred.reducers.mctf import MCTF
+
+
+def site(settings, counts):
+  """The site of a recorded run; `counts` are the tokens that leave each block."""
+  layers = settings["activate_layer"]
+  keep = tuple(counts[layer] for layer in layers)
+  options = dict(pooling=("size", "attention")[settings["pooling_type"]], bidirectional=bool(settings["bidirection"]))
+  options |= {f"tau_{name}": float(settings[f"tau_{name}"]) for name in ("sim", "info", "size")}
+  place = "ahead" if settings["one_step_ahead"] else "after"
+  return dict(
+    options, reducer="mctf", layers=tuple(layers), keep=keep, place=place, proportional=bool(settings["prop_attn"])
+  )
+
+
+@needs_golden
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["mctf_eval_a", "mctf_eval_b", "mctf_eval_c", "mctf_eval_d"])
+def test_inference(name, mode):
+  arrays, settings = recorded(name)
+  module = model("public_vit", dict(merge=site(settings, arrays["tokens_per_block"].tolist())))
+  output, blocks = forward(module, backbone("public_vit"), arrays["images"], mode)
+  check_forward(arrays, output, blocks)
+  check_sources(arrays, blocks, order=True)
+
+
+@needs_golden
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_matching_and_pooling(case):
+  arrays, settings = recorded("fn_mctf")
+  c = settings["cases"][case]
+  x, attention, size = (jnp.asarray(arrays[f"c{case}_{name}"]) for name in ("x", "attn", "size"))
+  tokens = tk.start(x, c["num_protected"])
+  tokens = tokens.replace(size=size[..., 0], feats={"column_mean": attention.mean((1, 2))})
+  module = MCTF(
+    tau_sim=c["tau_sim"], tau_info=c["tau_info"], tau_size=c["tau_size"], bidirectional=bool(c["bidirection"]),
+    pooling=("size", "attention")[c["pooling_type"]],
+  )  # fmt: skip
+  keep = c["N"] - c["r"]
+  plan, _ = jax.jit(lambda t: module.plan(t, keep, train=False), compiler_options=quick())(tokens)
+  out = tk.compact(tokens, plan, keep)
+  source = (np.asarray(out.owner)[:, None] == np.arange(keep)[:, None]).astype(np.uint8)
+  np.testing.assert_array_equal(source, arrays[f"c{case}_source"])
+  if case == 0:
+    np.testing.assert_allclose(out.x, arrays["c0_out_x"], atol=1e-5)
+    np.testing.assert_allclose(out.size, arrays["c0_out_size"][..., 0], atol=1e-5)
+  # Columns of the map are summed over what a key stands for, its rows averaged like the tokens.
+  columns = jnp.einsum("bhij,bmj->bhim", attention, jnp.asarray(source, jnp.float32))
+  for head in range(c["H"]):
+    rows = tk.compact(tokens.replace(x=columns[:, head]), plan, keep).x
+    np.testing.assert_allclose(rows, arrays[f"c{case}_out_attn"][:, head], atol=1e-6)
+
+
+@needs_golden
+def test_training():
+  arrays, settings = recorded("mctf_train_a")
+  student = model("public_vit", dict(merge=site(settings, arrays["tokens_student"].tolist())))
+  target = jax.nn.one_hot(arrays["labels"], 10)
+  student_weight, teacher_weight, consistency_weight = settings["task_weight"]
+  config = defaults.default().loss
+  config.update(dict(cross_entropy=student_weight, full_cross_entropy=teacher_weight, consistency=consistency_weight))
+  config.confidence = settings["confidence_threshold"]
+  keeps = dict(merge=jnp.asarray([arrays["tokens_teacher"][layer] for layer in settings["activate_layer"]], jnp.int32))
+
+  def terms(params):
+    run = lambda **kwargs: student.apply({"params": params}, arrays["images"], **kwargs)  # noqa: E731
+    output, full = run(mode="gather"), run(mode="mask", keeps=keeps)
+    named = losses.terms(config, student, output, target, None, full)
+    values = [*(named[name] for name in ("cross_entropy", "full_cross_entropy", "consistency"))]
+    return jnp.stack([*values, losses.total(config, named)]), (output.logits, full.logits)
+
+  values, grads, (logits, full) = value_and_grads(terms, backbone("public_vit"))
+  np.testing.assert_allclose(logits, arrays["logits_student"], atol=2e-5)
+  np.testing.assert_allclose(full, arrays["logits_teacher"], atol=2e-5)
+  wanted = [arrays[f"loss_{name}"] for name in ("student", "teacher", "consistency", "total")]
+  np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-7)
+  total = grads[-1]
+  qkv = total["block_1/attn/qkv/kernel"].reshape(96, -1).T[:8]
+  ours = dict(
+    head=total["head/kernel"].T, cls_token=total["cls_token"], qkv1_rows0to8=qkv, pos_embed=total["pos_embed"]
+  )
+  for name, grad in ours.items():
+    theirs = arrays[f"grad_{name}"]
+    np.testing.assert_allclose(grad, theirs, atol=2e-5 * np.abs(theirs).max() + 1e-7, err_msg=name)
+
+
+def test_what_merges_by_hand():
+  # Four tokens behind CLS, places 1 to 4: a = {0, 2, 4}, b = {1, 3}.  x_1 = x_2, and x_3 is near x_4, so with r = 2 the
+  # pair (2, 1) goes first and then, from b's side among what is left of a, 3 joins 4.  Sizes 1, attention equal: means.
+  x = jnp.asarray([[[9.0, 9.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.2, 1.0]]])
+  tokens = tk.start(x, 1).replace(feats={"column_mean": jnp.full((1, 5), 0.2)})
+  plan, _ = MCTF().plan(tokens, 3, train=False)
+  out = tk.compact(tokens, plan, 3)
+  np.testing.assert_allclose(out.x, [[[9, 9], [0.1, 1], [1, 0]]], atol=1e-6)
+  np.testing.assert_array_equal(out.owner, [[0, 2, 2, 1, 1]])

@@ -1,0 +1,164 @@
+"""Tokens that halt or go round: A-ViT, DyT, scopes over several blocks, against the authors' code or by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from golden import MODES, backbone, forward, model, needs_golden, quick, recorded, reported
+
+from tokred import config as defaults
+from tokred import losses
+from tokred import tokens as tk
+from tokred.nn import vit
+from tokred.reducers.dyt import DyT, dispatch
+
+SMALL = dict(variant="mu/4", width=16, depth=4, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=3)
+
+
+@needs_golden
+@pytest.mark.parametrize("mode", MODES)
+def test_avit_halts_as_its_authors_do(mode):
+  arrays, settings = recorded("avit_eval")
+  halt = dict(reducer="avit", layers=tuple(range(6)), scale=settings["gate_scale"], center=settings["gate_center"])
+  output, _ = forward(model("public_vit", dict(halt=halt)), backbone("public_vit"), arrays["images"], mode)
+  np.testing.assert_allclose(output.logits, arrays["logits"], atol=2e-5)
+  running = np.stack(reported(output, "halt", "depth"))
+  halting = np.stack(reported(output, "halt", "halting"))
+  before_last = running[:-1] > 0  # the last score is replaced by 1
+  np.testing.assert_allclose(halting[:-1][before_last], arrays["halting_scores"][:-1][before_last], atol=1e-5)
+  np.testing.assert_allclose(reported(output, "halt", "ponder")[-1], arrays["rho"], atol=1e-5)
+  np.testing.assert_array_equal(arrays["depth_counter"], running.sum(0))  # blocks that a token runs through
+
+
+def small(sites, **fields):
+  config = defaults.complete({"model": SMALL | fields})
+  module = vit.make(config.model, sites)
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
+  rngs = {"params": jax.random.key(0), "reduce": jax.random.key(1)}
+  return module, jax.jit(lambda: module.init(rngs, images, mode="mask"))()["params"], images
+
+
+def test_avit_with_a_capacity_cuts_who_has_halted_most():
+  # h = sigmoid(0 x - 0) = 1/2: with eps 0.01 the sum is 1/2, 1, so every token stops in the second block; 10 of 17 go on
+  # behind the first.  CLS: output = x_1 / 2 + x_2 / 2.
+  halt = dict(reducer="avit", layers=(0, 1, 2, 3), scale=0.0, center=0.0, keep=(10, 10, 10, 10))
+  module, params, images = small(dict(halt=halt))
+  outs = {}
+  for mode in MODES:
+    output = jax.jit(lambda p, i, mode=mode: module.apply({"params": p}, i, mode=mode))(params, images)
+    outs[mode] = output
+    depth = np.stack([np.asarray(value)[:, :10].sum(1) for value in reported(output, "halt", "depth")])
+    np.testing.assert_array_equal(depth, [[10, 10], [10, 10], [0, 0], [0, 0]])
+  np.testing.assert_allclose(outs["mask"].features, outs["gather"].features, atol=1e-5)
+  assert outs["gather"].tokens.x.shape[1] == 10
+
+
+def test_halting_prior_by_hand():
+  # Mean halting 0.2 and 0.6 are q = (1/4, 3/4); the prior around block 1 is p = (e^-1/2, 1) / (1 + e^-1/2).
+  halting = [jnp.full((2, 3), 0.2), jnp.full((2, 3), 0.6)]
+  p = np.array([np.exp(-0.5), 1.0]) / (1 + np.exp(-0.5))
+  wanted = (p * np.log(p / np.array([0.25, 0.75]))).sum()
+  np.testing.assert_allclose(losses.halting_prior(halting, 1.0), wanted, rtol=1e-5)
+
+
+@needs_golden
+@pytest.mark.parametrize("case", [0, 1])
+def test_dyt_dispatcher(case):
+  arrays, settings = recorded("fn_dyt")
+  c = settings["cases"][case]
+  get = lambda name: jnp.asarray(arrays[f"c{case}_{name}"])  # noqa: E731
+  x, noise = get("x"), (get("g1") - get("g2"))[..., 0]
+
+  def select(x, w, b):
+    logits = jnp.einsum("bnd,d->bn", x[:, 1:], w[0]) + b
+    hard, soft = dispatch(logits, noise, c["tau"])
+    y = tk.straight_through(hard, soft) if c["hard"] else soft
+    return jnp.concatenate([jnp.ones((2, 1)), y], 1), logits
+
+  def objective(x, w):
+    y, logits = select(x, w, get("b_head"))
+    return jnp.sum(y * get("w")[..., 0]), (y, logits)
+
+  grads, (y, logits) = jax.grad(objective, argnums=(0, 1), has_aux=True)(x, get("w_head"))
+  np.testing.assert_allclose(logits, get("logits")[..., 0], atol=1e-6)
+  np.testing.assert_allclose(y, get("select_train")[..., 0], atol=1e-6)
+  chosen = logits > 0 if c["hard"] else jax.nn.sigmoid(logits)
+  chosen = np.pad(np.asarray(chosen, np.float32), ((0, 0), (1, 0)), constant_values=1)
+  np.testing.assert_allclose(chosen, get("select_eval")[..., 0], atol=1e-6)
+  np.testing.assert_allclose(grads[0], get("grad_x"), atol=1e-6)
+  np.testing.assert_allclose(grads[1], get("grad_head"), atol=1e-5)
+  shares = [y[:, 1:].mean(1), get("select_eval")[:, 1:, 0].mean(1)]
+  ratio = 2.0 * losses.global_ratio(shares, [c["token_target"]] * 2)
+  np.testing.assert_allclose(ratio, arrays[f"c{case}_loss_token_weighted"], rtol=1e-5)
+  ce = optax.softmax_cross_entropy_with_integer_labels(get("pred"), get("labels")).mean()
+  np.testing.assert_allclose(ce + ratio, arrays[f"c{case}_loss_total"], rtol=1e-5)
+
+
+def test_dyt_in_a_model():
+  module, params, images = small(dict(route=dict(reducer="dyt", layers=(1, 2), keep=0.5, hidden=4)))
+  run = jax.jit(lambda p, keeps, mode: module.apply({"params": p}, images, mode=mode, keeps=keeps), static_argnums=2)
+  gathered, masked = run(params, None, "gather"), run(params, None, "mask")
+  assert gathered.counts == (17, 17, 17, 17)
+  np.testing.assert_allclose(masked.logits, gathered.logits, atol=1e-5)
+  np.testing.assert_allclose(masked.tokens.x, gathered.tokens.x, atol=1e-5)
+  # An adapter that is new adds nothing: with all tokens through, the model is the dense one.
+  whole = run(params, dict(route=jnp.asarray([17, 17])), "mask")
+  dense = module.clone(sites=type(module.sites)(module.sites.stack)).apply({"params": params}, images)
+  np.testing.assert_allclose(whole.tokens.x, dense.tokens.x, atol=1e-5)
+  # The dispatcher learns from those that go round, too.
+  loss = lambda p: module.apply(  # noqa: E731
+    {"params": p}, images, train=True, mode="mask", rngs={"reduce": jax.random.key(3), "dropout": jax.random.key(4)}
+  ).features.sum()
+  grads = jax.jit(jax.grad(loss), compiler_options=quick())(params)["block_1"]["reduce"]["route"]["dyt"]
+  assert np.abs(grads["dispatcher"]["kernel"]).max() > 0
+  assert np.abs(grads["adapter"]["up"]["kernel"]).max() > 0
+
+
+def test_dyt_gate_times_the_update():
+  # The tokens' update is 3 for each; gates 1, 0, 1 (CLS is protected): x = 1 + 3 gate.  d x_i / d gate_i = 3 for all.
+  x = jnp.ones((1, 3, 2))
+  outer = tk.start(x, 1)
+  gate = jnp.asarray([[1.0, 0.0, 1.0]])
+  order, owner = jnp.asarray([[0, 2, 1]], jnp.int32), jnp.asarray([[0, 1, 2]], jnp.int32)
+
+  def out(gate):
+    inner = tk.fold(outer, tk.Plan(owner=owner, order=order, gate=gate))
+    return tk.bypass(outer, inner.replace(x=inner.x + 3.0)).x[..., 0]
+
+  np.testing.assert_allclose(out(gate), [[4, 1, 4]])
+  np.testing.assert_allclose(jax.jacobian(lambda g: out(g)[0])(gate)[:, 0], 3 * np.eye(3))
+
+
+def test_scope_over_several_blocks():
+  # SkipViT: behind block 0 nine tokens go through blocks 1 and 2, the others wait; from block 3 on all are back.
+  skip = dict(reducer="topk", score="token_norm", place="around", layers=(1,), until=2, keep=9)
+  module, params, images = small(dict(skip=skip))
+  assert module.sites.counts() == (17, 9, 17, 17)
+  profile = module.sites.profile(16, 2)
+  assert (profile.attention, profile.mlp) == ((17, 9, 9, 17), (17, 9, 9, 17))
+  run = jax.jit(lambda mode: module.apply({"params": params}, images, mode=mode), static_argnums=0)
+  gathered, masked = run("gather"), run("mask")
+  np.testing.assert_allclose(masked.tokens.x, gathered.tokens.x, atol=1e-5)
+  waits = np.asarray(gathered.aux["tokens/2"] == gathered.aux["tokens/0"]).all(-1)
+  assert (waits.sum(1) == 8).all()
+  assert not np.asarray(gathered.aux["tokens/3"] == gathered.aux["tokens/2"]).all(-1).any()
+
+
+@pytest.mark.parametrize(
+  "sites, words",
+  [
+    (dict(a=dict(reducer="topk", place="around", layers=(1,), until=4, keep=9)), "until=4 is the last block"),
+    (dict(a=dict(reducer="topk", layers=(1,), until=2, keep=9)), "it needs place='around'"),
+    (
+      dict(
+        a=dict(reducer="topk", place="around", layers=(1,), until=3, keep=9),
+        b=dict(reducer="router", layers=(2,), keep=5),
+      ),
+      "lies in the scope of sites.a",
+    ),
+  ],
+)
+def test_scope_errors(sites, words):
+  with pytest.raises(ValueError, match=words):
+    vit.make(defaults.complete({"model": SMALL}).model, sites)

@@ -1,0 +1,76 @@
+"""DyT: a dispatcher sends tokens round the MLP, and an adapter beside it serves all of them.
+
+(Zhao et al., 2024, Dynamic Tuning, arXiv:2403.11808)
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tokred.reducers.base import Planner, keep_top, register
+from tokred.tokens import Array, Plan, Tokens, inverse, rank, straight_through
+
+
+def dispatch(logits: Array, noise: Array, temperature: float) -> tuple[Array, Array]:
+  """Gumbel-sigmoid: the decision sigmoid((l + noise) / tau) > 1/2, bool, and the probability behind it."""
+  soft = jax.nn.sigmoid((logits + noise) / temperature)
+  return soft > 0.5, soft
+
+
+class Adapter(nn.Module):
+  """scale W_up ReLU(W_down x): nothing at the start."""
+
+  hidden: int
+  scale: float
+  dropout: float
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    h = nn.relu(nn.Dense(self.hidden, dtype=x.dtype, name="down")(x))
+    h = nn.Dropout(self.dropout, rng_collection="reduce", deterministic=not train)(h)
+    return self.scale * nn.Dense(x.shape[-1], dtype=x.dtype, kernel_init=nn.initializers.zeros, name="up")(h)
+
+
+@register("dyt")
+class DyT(Planner):
+  """l = w x + b;  y = ST(soft > 1/2, soft), soft = sigmoid((l + g1 - g2) / tau);  x <- x + y MLP(LN x) + Adapter(x)
+
+  Training decides by y, and `global_ratio` of `config.loss` holds the mean share of all layers at their mean keep rate,
+  so that layers may specialise.  Inference takes the `keep` highest l; with rate="threshold", threshold=0.0 those with
+  l > 0, whose number differs between images.  Protected tokens go through the MLP.
+  """
+
+  places: ClassVar[tuple[str, ...]] = ("mlp",)
+
+  temperature: float = 5.0
+  hidden: int = 64
+  scale: float = 0.1
+  dropout: float = 0.1
+
+  def macs(self, n: float, width: int, num_heads: int) -> float:
+    return n * width * (2 * self.hidden + 1)
+
+  def noise(self, shape: tuple[int, ...]) -> Array:
+    """Difference of two Gumbel(0, 1) samples, float32."""
+    return jax.random.logistic(self.make_rng("reduce"), shape, jnp.float32)
+
+  @nn.compact
+  def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
+    x = jnp.where(tokens.alive[..., None], tokens.x, 0)
+    logits = nn.Dense(1, name="dispatcher")(x.astype(jnp.float32))[..., 0]
+    residual = Adapter(self.hidden, self.scale, self.dropout, name="adapter")(x, train)
+    report = {"score": logits, "residual": residual}
+    if not train:
+      return keep_top(tokens, logits, keep), report
+    hard, soft = dispatch(logits, self.noise(logits.shape), self.temperature)
+    goes = (hard | tokens.protected) & tokens.alive
+    gate = jnp.where(tokens.protected, 1.0, straight_through(goes, soft))
+    index = jnp.arange(goes.shape[1], dtype=jnp.int32)
+    # Who goes round owns itself, with a gate that is 0: the update it does without teaches the dispatcher.
+    owner = jnp.where(tokens.alive, index, -1)
+    order = inverse(rank(jnp.where(tokens.protected, -1, jnp.where(goes, 0, jnp.where(tokens.alive, 1, 2)))))
+    free = tokens.alive & ~tokens.protected
+    share = jnp.where(free, gate, 0.0).sum(1) / jnp.maximum(free.sum(1), 1)
+    return Plan(owner=owner, order=order, gate=gate), report | {"kept_share": share}

@@ -1,0 +1,106 @@
+"""MCTF: merges by similarity, informativeness and size, one step ahead of attention.
+
+(Lee et al., 2024, Multi-criteria Token Fusion with One-step-ahead Attention, arXiv:2403.10030)  The consistency with a
+less reduced pass, which trains it, is in `tokred.losses`.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from tokred.config import nearest
+from tokred.reducers.base import Planner, merge_into, num_kept, register
+from tokred.reducers.tome import unit
+from tokred.tokens import Array, Plan, Tokens, inverse, rank
+
+POOLING = ("attention", "size", "mean")
+
+
+def scarcity(value: Array, alive: Array) -> Array:
+  """1 / value, the largest of each row scaled to 1; (B, N) float32, 1 where dead."""
+  inverted = jnp.where(alive, 1.0 / jnp.where(alive, value.astype(jnp.float32), 1.0), 0.0)
+  return jnp.where(alive, inverted / inverted.max(1, keepdims=True), 1.0)
+
+
+@register("mctf")
+class MCTF(Planner):
+  """W = ((cos(x_a, x_b) + 1) / 2)^(1/tau_sim) (info_a info_b)^(1/tau_info) (bulk_a bulk_b)^(1/tau_size)
+
+  alpha_j = mean_{h,i} A_hij,  info = 1 / alpha,  bulk = 1 / s, both with maximum 1;  tau = 0 leaves a criterion out.
+  Even places are a, odd ones b.  The best r/2 of a merge into b; then, of what is left, the best of b (with what they
+  have received) merge into a.  x <- sum(w x) / sum(w), s <- sum(s), with w = alpha s (pooling "attention"), s or 1.
+
+  At place `ahead` the attention of the unmerged tokens serves the merged ones: columns are summed over what a key
+  stands for, rows averaged with w.  No map is kept: A C v is attention to values repeated over each key's members, and
+  the rows are averaged after it.  At places `attn` and `after` the block is done with its attention when tokens merge.
+  """
+
+  needs: ClassVar[tuple[str, ...]] = ("column_mean",)
+  proportional: ClassVar[bool] = True
+  scored: ClassVar[bool] = False
+  conserves: ClassVar[bool] = False  # of pooling "attention" the mean is not weighted by size alone
+  places: ClassVar[tuple[str, ...]] = ("ahead", "after", "attn")
+
+  tau_sim: float = 1.0
+  tau_info: float = 20.0
+  tau_size: float = 40.0
+  bidirectional: bool = True
+  pooling: str = "attention"
+
+  def needed(self) -> tuple[str, ...]:
+    if self.pooling not in POOLING:
+      raise ValueError(f"pooling={self.pooling!r} is not a pooling; {nearest(self.pooling, POOLING)}")
+    return self.needs
+
+  def fewest(self, n: int, protected: int) -> int:
+    return min(n, max(10, 2 * protected + 2)) if self.bidirectional else n - (n - protected) // 2
+
+  def macs(self, n: float, width: int, num_heads: int) -> float:
+    return n * n * width * (1 / 4 + 1)  # the similarities of pairs, and q k^T again for the columns' means
+
+  def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
+    n, alive = tokens.x.shape[1], tokens.alive
+    index = jnp.arange(n, dtype=jnp.int32)
+    attention = jax.lax.stop_gradient(tokens.feats["column_mean"])
+    score = self.scores(tokens, attention)  # (B, Na, Nb)
+    source, target = index[::2], index[1::2]
+    removed = alive.sum(1, keepdims=True) - num_kept(tokens, keep)  # r
+    forward = removed // 2 if self.bidirectional else removed
+
+    best_a, match_a = score.max(-1), target[jnp.argmax(score, -1)]
+    rank_a = rank(-best_a)
+    merged_a = (rank_a < forward) & jnp.isfinite(best_a)
+    left = jnp.where(merged_a[..., None], -jnp.inf, score)
+    best_b, match_b = left.max(1), source[jnp.argmax(left, 1)]
+    rank_b = rank(-best_b)
+    merged_b = (rank_b < removed - forward) & jnp.isfinite(best_b)
+
+    owner_b = jnp.where(merged_b, match_b, target)
+    owner_a = jnp.where(merged_a, jnp.take_along_axis(owner_b, match_a // 2, axis=1), source)  # with b, if b moves on
+    owner = jnp.broadcast_to(index, alive.shape).at[:, ::2].set(owner_a).at[:, 1::2].set(owner_b)
+    owner = jnp.where(alive, owner, -1)
+
+    # Places: protected, what is left of a, what is left of b (best first, if it had a choice), then the merged.
+    key_a = jnp.where(merged_a, 4 * n - 1 - rank_a, n + source)
+    key_b = jnp.where(merged_b, 5 * n - 1 - rank_b, 2 * n + (rank_b if self.bidirectional else target))
+    key = jnp.broadcast_to(index, alive.shape).at[:, ::2].set(key_a).at[:, 1::2].set(key_b)
+    key = jnp.where(tokens.protected, index, key)
+    order = inverse(rank(jnp.where(alive, key, index + 5 * n)))
+    share = {"attention": attention * tokens.size, "size": tokens.size, "mean": jnp.ones_like(tokens.size)}
+    plan = merge_into(tokens, owner, order, share=jnp.where(alive, share[self.pooling], 1.0))
+    return plan, {"similarity": best_a, "plan": plan}
+
+  def scores(self, tokens: Tokens, attention: Array) -> Array:
+    """W of every pair (a, b), (B, ceil(N/2), floor(N/2)) float32; -inf where one of them may not move."""
+    can = tokens.alive & ~tokens.protected
+    out = jnp.ones(())
+    if self.tau_sim:
+      metric = unit(jax.lax.stop_gradient(tokens.x), tokens.alive)
+      cosine = jnp.einsum("bad,bcd->bac", metric[:, ::2], metric[:, 1::2], precision="highest")
+      out = out * jnp.maximum((cosine + 1.0) / 2.0, 0.0) ** (1 / self.tau_sim)
+    for tau, value in ((self.tau_info, attention), (self.tau_size, tokens.size)):
+      if tau:
+        each = scarcity(value, tokens.alive) ** (1 / tau)
+        out = out * each[:, ::2, None] * each[:, None, 1::2]
+    return jnp.where(can[:, ::2, None] & can[:, None, 1::2], out, -jnp.inf)
