@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -11,13 +12,16 @@ import pytest
 from PIL import Image
 
 import tokred
-from tokred import sharding
+from tokred import sharding, sweep
 from tokred.config import complete, default
 from tokred.train.loop import train
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from configs import sweep as sweep_recipe
+
 ROOT = Path(__file__).parents[1]
 TFDS = ROOT.parent / "shared" / "data" / "tfds"
-RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "sweep")  # has tests of its own
 VARIANTS = {  # arguments beside `learned` and `runlocal`
   "digits": ("",),
   "vit": ("dataset=fashion_mnist", "dataset=cifar10", "dataset=image_folder"),
@@ -39,7 +43,9 @@ ALL = [
   (name, variant, learned)
   for name in RECIPES
   for variant, learned in itertools.product(VARIANTS.get(name, ("",)), ("", "learned"))
+  if name != "methods"
 ]
+METHODS = [name for name in sweep.methods(sweep_recipe.get_config()) if name != "dense"]
 
 
 @pytest.fixture
@@ -97,12 +103,26 @@ def test_runs_two_steps(name, variant, learned, data_dir, one_device, tmp_path):
     assert summary["counts"][-1] < tokred.build(config).module.sites.stack.num_tokens
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_builds(method):
+  config = get_config("methods", f"method={method},budget=0.6")
+  assert tokred.build(config).module.sites.spots and config.is_locked
+  assert config.to_dict().keys() == default().to_dict().keys()
+
+
+@pytest.mark.parametrize("method", ["dynamicvit", "mod"])
+def test_methods_run_two_steps(method, one_device, tmp_path):
+  config = get_config("methods", f"method={method},budget=0.6,runlocal")
+  summary = train(config, tmp_path / "run")
+  assert summary["step"] == 2 and 0 <= summary["accuracy"] <= 1
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_misspelt_argument_is_refused(name):
   with pytest.raises(
-    ValueError, match=r"config argument 'lerned' is unknown; did you mean 'learned'\? valid: .*runlocal"
+    ValueError, match=r"config argument 'runlokal' is unknown; did you mean 'runlocal'\? valid: .*runlocal"
   ):
-    get_config(name, "lerned")
+    get_config(name, "runlokal")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -94,3 +94,28 @@ def test_threshold_counts_what_passes_up_to_its_capacity():
   score = jnp.array([[-9, 0.5, 0.2, 0.5, 0.9], [-9, 1, 1, 1, 1], [-9, 0.1, 0.9, 0.9, 0.9]])
   # row 0: CLS and three of at least 0.5; row 1: five pass, four fit; row 2: CLS and one of the three alive
   assert rates.Threshold(0.5, 4).count(tokens, score).tolist() == [4, 4, 2]
+
+
+def test_a_learned_threshold_by_hand():
+  tokens = tk.start(jnp.zeros((2, 4, 2)), 1)
+  tokens = tokens.replace(mask=jnp.arange(4)[None] < jnp.array([[4], [3]]))
+  score = jnp.array([[-9.0, 0.1, 0.4, 0.35], [jnp.nan, 0.2, 0.5, jnp.nan]])
+  module = rates.LearnedThreshold(initial=0.3, temperature=0.1)
+  variables = module.init(jax.random.key(0), tokens, score)
+  assert variables["params"]["value"].tolist() == pytest.approx(0.3)
+  gate, counts = module.apply(variables, tokens, score)
+  assert gate.tolist() == [[1, 0, 1, 1], [1, 0, 1, 0]] and counts.tolist() == [3, 2]
+  # sigmoid at -2, 1, 0.5 is 0.1192, 0.7311, 0.6225, with slopes 0.1050, 0.1966, 0.2350: -0.5366 / 0.1;
+  # row 1 at -1 and 2: slopes 0.1966 and 0.1050
+  slope = jax.jacobian(lambda v: module.apply(v, tokens, score)[1])(variables)["params"]["value"]
+  np.testing.assert_allclose(slope, [-5.366, -3.016], atol=1e-3)
+  up = jax.grad(lambda s: module.apply(variables, tokens, s)[1].sum())(score)
+  np.testing.assert_allclose(up, [[0, 1.050, 1.966, 2.350], [0, 1.966, 1.050, 0]], atol=1e-3)
+
+
+def test_a_learned_threshold_counts_as_the_fixed_one_does():
+  tokens = tk.start(jnp.zeros((3, 6, 2)), 1)
+  score = jax.random.normal(jax.random.key(1), (3, 6))
+  module = rates.LearnedThreshold(initial=-0.25)
+  _, counts = module.apply(module.init(jax.random.key(0), tokens, score), tokens, score)
+  assert counts.tolist() == rates.Threshold(jnp.float32(-0.25), 6).count(tokens, score).tolist()

@@ -106,6 +106,7 @@ def default() -> ConfigDict:
       freeze=(),  # regexes: parameters that never change
       freeze_until=(),  # ((regex, step), ...): parameters that do not change before the step
       clip_norm=1.0,  # 0: off
+      clip_groups=(),  # ((regex, norm), ...): of the first match; a group has a norm of its own and none in clip_norm
       ema=0.0,  # decay of the average that is evaluated; 0: off
     )
   )

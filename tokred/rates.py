@@ -1,4 +1,4 @@
-"""How many tokens survive: fixed, scheduled over training, learned, or as many as pass a threshold.
+"""How many tokens survive: fixed, scheduled over training, learned, or as many as pass a threshold, learned or not.
 
 Counts that are known on the host are Python ints, computed in float64 as the papers' code does; what is traced is a
 learned expectation or a comparison.
@@ -97,3 +97,48 @@ class Threshold:
     """(B,) int32 counts, protected tokens included."""
     passes = tokens.alive & (tokens.protected | (score >= self.value))
     return jnp.minimum(passes.sum(1, dtype=jnp.int32), self.capacity)
+
+
+def threshold_gate(score: Array, value: Array | float, temperature: float) -> Array:
+  """1 where score >= value, else 0, with the gradient of sigmoid((score - value) / temperature).
+
+  Args:
+    score: any shape.
+    value: the threshold, a float or a float32 scalar.
+    temperature: tau; the gradient reaches scores within a few tau of the threshold.
+
+  Returns:
+    Float32 of the score's shape.
+  """
+  score = score.astype(jnp.float32)
+  return straight_through(score >= value, jax.nn.sigmoid((score - value) / temperature))
+
+
+class LearnedThreshold(nn.Module):
+  """A learned threshold, and so a number of tokens for each image.  (Bonnaerens & Dambre, 2023, LTMP, arXiv:2307.10780)
+
+  m_i = ST(s_i >= theta, sigmoid((s_i - theta) / tau)).  The authors start theta at 0 for importances, which keeps all
+  of them, and at 0.9 for similarities.  They compare with >, which differs at equality only.
+  Importances that add up to 1 are small beside tau = 0.1: scale them, or lower the temperature.
+  """
+
+  initial: float = 0.0
+  temperature: float = 0.1
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, score: Array) -> tuple[Array, Array]:
+    """Who passes, for training; at inference `Threshold(value, capacity)` counts the same tokens.
+
+    Args:
+      tokens: N tokens; the dead ones may hold anything.
+      score: (B, N).
+
+    Returns:
+      gate (B, N) float32, 1 for the protected and 0 for the dead, and counts (B,) float32, protected tokens included,
+      with the gradient of what the budget loss shall see.
+    """
+    value = self.param("value", nn.initializers.constant(self.initial), (), jnp.float32)
+    free = tokens.alive & ~tokens.protected
+    gate = threshold_gate(jnp.where(free, score, 0.0), value, self.temperature)
+    gate = jnp.where(free, gate, tokens.alive.astype(jnp.float32))
+    return gate, gate.sum(1)

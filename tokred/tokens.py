@@ -88,8 +88,7 @@ def take(values: Array, index: Array, form: str | None = None) -> Array:
     (B, M, ...) of the dtype of values.
   """
   if (form or default_form()) == "gather":
-    index = index.reshape(index.shape + (1,) * (values.ndim - 2))
-    return jnp.take_along_axis(values, index, axis=1, mode="clip")
+    return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(values, index)
   dtype = values.dtype if jnp.issubdtype(values.dtype, jnp.inexact) else jnp.float32
   one_hot = jax.nn.one_hot(index, values.shape[1], dtype=dtype)
   return jnp.einsum("bmn,bn...->bm...", one_hot, values.astype(dtype), precision="highest").astype(values.dtype)
@@ -123,8 +122,31 @@ def inverse(order: Array) -> Array:
   return jax.vmap(one)(order)
 
 
+def best(score: Array) -> tuple[Array, Array]:
+  """Largest entry along the last axis and its index, int32; ties go to the lower one.
+
+  Two plain reductions: XLA does not vectorise argmax on CPU.
+  """
+  top = score.max(-1)
+  index = jnp.arange(score.shape[-1], dtype=jnp.int32)
+  where = jnp.where(score == top[..., None], index, score.shape[-1] - 1)  # no entry equals a NaN
+  return top, where.min(-1)
+
+
+def scatters() -> bool:
+  """Whether sums over groups are scattered: on CPU they cost next to nothing; on GPU their order is not fixed."""
+  return jax.default_backend() == "cpu"
+
+
+def scatter_add(values: Array, index: Array, updates: Array) -> Array:
+  """values[b, index[b, i]] += updates[b, i]; index (B, M) in [0, N)."""
+  return jax.vmap(lambda row, i, u: row.at[i].add(u, mode="promise_in_bounds"))(values, index, updates)
+
+
 def group_sum(owner: Array, values: Array) -> Array:
   """Sum over the members of each owner, (B, N) float32: out[j] = sum of values[i] over owner[i] == j."""
+  if scatters():
+    return scatter_add(jnp.zeros_like(values), jnp.maximum(owner, 0), jnp.where(owner >= 0, values, 0.0))
   member = owner[:, None, :] == jnp.arange(owner.shape[1])[None, :, None]  # (B, N owners, N members), fused away
   return jnp.sum(jnp.where(member, values[:, None, :], 0.0), axis=-1)
 
@@ -199,14 +221,18 @@ def compact(tokens: Tokens, plan: Plan, k: int, *, form: str | None = None) -> T
   if plan.weight is not None and gone.shape[1]:
     owner = take(plan.owner, gone)
     target = jnp.where(owner >= 0, take(place, jnp.maximum(owner, 0)), -1)
-    merge = jax.nn.one_hot(target, k, axis=1, dtype=x.dtype)  # (B, K, gone): only the tokens that go are multiplied
-    weight = jnp.where(target >= 0, take(plan.weight, gone), 0.0)[:, None].astype(x.dtype)
+    weight = jnp.where(target >= 0, take(plan.weight, gone), 0.0).astype(x.dtype)
     x = x * take(plan.weight, kept)[..., None].astype(x.dtype)
     # A zero weight does not silence the garbage that a dead token may hold.
     gone_x = jnp.where(target[..., None] >= 0, take(tokens.x, gone, form), 0)
     gone_size = jnp.where(target >= 0, take(tokens.size, gone), 0.0)
-    x = x + jnp.einsum("bkn,bnd->bkd", merge * weight, gone_x, precision="highest")
-    size = size + jnp.einsum("bkn,bn->bk", merge.astype(jnp.float32), gone_size, precision="highest")
+    if scatters() and form is None:
+      target = jnp.maximum(target, 0)
+      x, size = scatter_add(x, target, gone_x * weight[..., None]), scatter_add(size, target, gone_size)
+    else:
+      merge = jax.nn.one_hot(target, k, axis=1, dtype=x.dtype)  # (B, K, gone): only the tokens that go are multiplied
+      x = x + jnp.einsum("bkn,bnd->bkd", merge * weight[:, None], gone_x, precision="highest")
+      size = size + jnp.einsum("bkn,bn->bk", merge.astype(jnp.float32), gone_size, precision="highest")
   mask = tokens.alive & (plan.gate > 0)
   rest = (mask, tokens.position, tokens.protected, tokens.feats)
   mask, position, protected, feats = jax.tree.map(lambda leaf: take(leaf, kept, form), rest)

@@ -276,3 +276,26 @@ def test_a_misspelt_path_is_answered_with_near_ones():
 
 def test_default_no_decay_may_match_nothing():
   make_optimizer(optim(name="adamw", weight_decay=0.1), {"w": jnp.ones(1)}, 10)
+
+
+def test_groups_are_clipped_on_their_own():
+  """block_0 has the norm 5, block_1 the norm 10 (zeros aside), the rest (head) 2."""
+  grads = {
+    "encoder": {
+      "block_0": {"kernel": jnp.array([[3.0, 0.0]]), "bias": jnp.array([4.0])},
+      "block_1": {"kernel": jnp.array([[0.0, 6.0]]), "bias": jnp.array([8.0])},
+    },
+    "head": {"kernel": jnp.array([2.0])},
+  }
+  groups = ((".*/block_0/.*", 1.0), (".*/block_1/.*", 20.0))
+  zeros = jax.tree.map(jnp.zeros_like, tree())
+  new, _ = run(optim(lr=1.0, clip_norm=0.5, clip_groups=groups), zeros, grads)
+  np.testing.assert_allclose(new["encoder"]["block_0"]["kernel"], [[-0.6, 0.0]], rtol=1e-6)  # 3 / 5
+  np.testing.assert_allclose(new["encoder"]["block_0"]["bias"], [-0.8], rtol=1e-6)
+  np.testing.assert_allclose(new["encoder"]["block_1"]["bias"], [-8.0], rtol=1e-6)  # 10 is below 20
+  np.testing.assert_allclose(new["head"]["kernel"], [-0.5], rtol=1e-6)  # clip_norm, of the rest alone
+  new, _ = run(optim(lr=1.0, clip_groups=groups, freeze=(".*/block_0/kernel",)), zeros, grads)
+  np.testing.assert_allclose(new["encoder"]["block_0"]["bias"], [-1.0], rtol=1e-6)  # the frozen has no share: 4 / 4
+  np.testing.assert_allclose(new["head"]["kernel"], [-2.0], rtol=1e-6)
+  with pytest.raises(ValueError, match=r"config.optim.clip_groups: \('a', -1.0\) is not a \(regex, norm\) pair"):
+    make_optimizer(optim(clip_groups=(("a", -1.0),)), tree(), 10)

@@ -10,10 +10,13 @@ A gate multiplies after the exponential: the gradient then reaches keys that are
 kill, and a dead token keeps itself (Rao et al., 2021, DynamicViT; Chen et al., 2023, DiffRate).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from tokred.config import nearest
+from tokred.scores import PAGERANK
 from tokred.tokens import Array
 
 IMPLEMENTATIONS = ("auto", "matmul", "fused")
@@ -120,9 +123,118 @@ def cls_attention(q: Array, k: Array, *, size: Array | None = None, mask: Array 
   return (weight / weight.sum(-1, keepdims=True)).mean(1)
 
 
+ROWS = 256  # maps with more queries than this are computed in blocks of as many rows, and again in the backward pass
+
+
+def vote(
+  q: Array, k: Array, *, size: Array | None = None, mask: Array | None = None, rows: int = ROWS
+) -> Callable[[Array], Array]:
+  """The map p -> p A: every living query i gives p_i to the keys as its attention A_i tells.
+
+  Args:
+    q: (B, H, N, d); so is k.
+    size: see `attend`; so is mask.
+    rows: queries of a block; where N is larger no full map is held, and each call computes it again.
+
+  Returns:
+    A function of p, (B, H or 1, N) float32 to (B, H, N) float32; zero at dead keys, whatever the dead hold.
+  """
+  batch, heads, n, dim = q.shape
+  gate = mask if mask is not None and mask.dtype != bool else None
+  hard = mask if gate is None else None
+  if hard is not None:  # a dead query is nobody's: any finite row will do
+    q, k = (jnp.where(hard[:, None, :, None], a, 0) for a in (q, k))
+    size = None if size is None else jnp.where(hard, size, 1.0)
+  bias = jnp.zeros((batch, n), jnp.float32) if size is None else jnp.log(size)
+  alive = jnp.ones((batch, n), jnp.float32) if mask is None else mask.astype(jnp.float32)
+
+  def block(q: Array, first: Array | int) -> tuple[Array, Array]:
+    """exp(logits) of some rows, (B, H, R, N), and their sums, (B, H, R)."""
+    logits = jnp.einsum("bhid,bhjd->bhij", q * dim**-0.5, k, preferred_element_type=jnp.float32) + bias[:, None, None]
+    if hard is not None:
+      logits = jnp.where(hard[:, None, None], logits, -jnp.inf)
+    weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    if gate is not None:
+      own = jnp.arange(n) == first + jnp.arange(q.shape[2])[:, None]
+      weight = weight * jnp.where(own, 1.0, gate[:, None, None])
+    return weight, weight.sum(-1)
+
+  def give(p: Array, weight: Array, total: Array) -> Array:
+    return jnp.einsum("bhi,bhij->bhj", p / total, weight)
+
+  if n <= rows:
+    whole = block(q, 0)
+    return lambda p: give(p * alive[:, None], *whole)
+  blocks = -(-n // rows)
+
+  def cut(a: Array) -> Array:  # (B, H, N, ...) to (blocks, B, H, rows, ...); the queries added at the end give nothing
+    a = jnp.pad(a, ((0, 0), (0, 0), (0, blocks * rows - n), *((0, 0),) * (a.ndim - 3)))
+    return jnp.moveaxis(a.reshape(*a.shape[:2], blocks, rows, *a.shape[3:]), 2, 0)
+
+  def over_blocks(p: Array) -> Array:
+    p = jnp.broadcast_to(p * alive[:, None], (batch, heads, n))
+
+    @jax.checkpoint
+    def step(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
+      q, p, first = part
+      return total + give(p, *block(q, first)), None
+
+    start = jnp.zeros((batch, heads, n), jnp.float32)
+    return jax.lax.scan(step, start, (cut(q), cut(p), jnp.arange(blocks) * rows))[0]
+
+  return over_blocks
+
+
+def column_mean(q: Array, k: Array, *, size: Array | None = None, mask: Array | None = None, rows: int = ROWS) -> Array:
+  """Attention that each key receives, the mean over heads and living queries: (B, N) float32, in blocks of rows."""
+  weight = jnp.ones(k.shape[:1] + k.shape[2:3], jnp.float32) if mask is None else mask.astype(jnp.float32)
+  count = weight.sum(-1, keepdims=True)
+  return vote(q, k, size=size, mask=mask, rows=rows)((1.0 / count)[:, None]).mean(1)
+
+
+def pagerank(
+  q: Array,
+  k: Array,
+  *,
+  iterations: int,
+  size: Array | None = None,
+  mask: Array | None = None,
+  spread: tuple[float, float] = (0.01, 0.7),
+  rows: int = ROWS,
+) -> Array:
+  """Importance that tokens vote each other: (B, N) float32, zero where dead.  (Wang et al., 2024, arXiv:2305.17328)
+
+  v_h = 1 / N;  v_h <- A_h^T v_h / ||.||_1, `iterations` times;  s = sqrt(mean over the heads in use of v_h^2)
+
+  A head is in use if the variance of its importance lies in `spread`; if none is, all are.  The scale is our reading:
+  of v, whose sum is 1, the variance could never exceed 1 / N, so it is that of N v, whose mean is 1.
+  """
+  batch, heads, n, _ = q.shape
+  alive = jnp.ones((batch, 1, n), bool) if mask is None else (mask > 0)[:, None]
+  count = alive.sum(-1, keepdims=True).astype(jnp.float32)
+  receive = vote(q, k, size=size, mask=mask, rows=rows)
+
+  def step(_: int, v: Array) -> Array:
+    v = receive(v)
+    return v / v.sum(-1, keepdims=True)
+
+  v = jnp.broadcast_to(jnp.where(alive, 1.0 / count, 0.0), (batch, heads, n))
+  v = jax.lax.fori_loop(0, iterations, step, v)
+  variance = jnp.where(alive, jnp.square(v * count - 1.0), 0.0).sum(-1, keepdims=True) / count  # (B, H, 1)
+  used = (variance >= spread[0]) & (variance <= spread[1])
+  used = (used | ~used.any(1, keepdims=True)).astype(jnp.float32)
+  square = (jnp.square(v) * used).sum(1) / used.sum(1)
+  alive = alive[:, 0] & (square > 0)  # a root has no slope at zero
+  return jnp.where(alive, jnp.sqrt(jnp.where(alive, square, 1.0)), 0.0)
+
+
 FEATURES = {
   "cls_attention": lambda q, k, v, **kwargs: cls_attention(q, k, **kwargs),  # (B, N) float32
+  "column_mean": lambda q, k, v, **kwargs: column_mean(q, k, **kwargs),  # (B, N) float32
   "query": lambda q, k, v, **_: q.swapaxes(1, 2),  # (B, N, H, d)
   "key": lambda q, k, v, **_: k.swapaxes(1, 2),
   "value": lambda q, k, v, **_: v.swapaxes(1, 2),
+}
+FEATURES |= {  # (B, N) float32
+  f"pagerank_{i}": lambda q, k, v, i=i, **kwargs: pagerank(q, k, iterations=i, **kwargs) for i in PAGERANK
 }

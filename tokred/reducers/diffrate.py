@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tokred import scores
 from tokred.reducers.base import Planner, finish, merge_into, num_kept, ranks, register
 from tokred.reducers.tome import unit
-from tokred.tokens import Array, Plan, Tokens, inverse, take
+from tokred.tokens import Array, Plan, Tokens, best, inverse, take
 
 
 @register("diffrate_merge")
@@ -44,25 +44,25 @@ class DiffRateMerge(Planner):
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     n = tokens.x.shape[1]
-    back = ranks(tokens, scores.cls_attention(tokens))
-    order = inverse(back)
-    alive = tokens.alive.sum(1, keepdims=True)
+    place = ranks(tokens, scores.cls_attention(tokens))
+    order = inverse(place)
     count = num_kept(tokens, keep)
-    low, high = (keep, keep) if isinstance(keep, int) else (0, n)  # static counts: only the pairs that matter
-    low, high = min(low, n), max(min(high, n), 1)
-    metric = take(unit(jax.lax.stop_gradient(tokens.x), tokens.alive), order)
-    sim = jnp.einsum("bid,bjd->bij", metric[:, low:], metric[:, :high], precision="highest")
-    rank = jnp.arange(n, dtype=jnp.int32)
-    target = (rank < count) & ~take(tokens.protected, order)
-    sim = jnp.where(target[:, None, :high], sim, -jnp.inf)
-    goes = (rank >= count) & (rank < alive)
-
-    # From ranks back to places.
-    match = jnp.concatenate([jnp.broadcast_to(rank[:low], goes[:, :low].shape), jnp.argmax(sim, -1)], axis=1)
-    best = jnp.concatenate([jnp.ones(goes[:, :low].shape, sim.dtype), sim.max(-1, initial=-jnp.inf)], axis=1)
-    owner = jnp.where(goes, match, jnp.where(rank < count, rank, -1)).astype(jnp.int32)
-    owner = take(owner, back)
-    owner = jnp.where(owner >= 0, take(order, jnp.maximum(owner, 0)), -1)
-    merged = take(goes, back)
+    low = min(keep, n) if isinstance(keep, int) else 0  # a static count: only what goes has to be matched
+    going = order[:, low:]
+    metric = unit(jax.lax.stop_gradient(tokens.x), tokens.alive)
+    sim = jnp.einsum("bgd,bjd->bgj", take(metric, going), metric, precision="highest")
+    target = (place < count) & ~tokens.protected & tokens.alive
+    best_sim, match = best(jnp.where(target[:, None], sim, -jnp.inf))
+    goes = (take(place, going) >= count) & take(tokens.alive, going)
+    index = jnp.arange(n, dtype=jnp.int32)
+    owner = jnp.where((place < count) & tokens.alive, index, -1)
+    owner = put(owner, going, jnp.where(goes, match, take(owner, going)))
+    merged = put(jnp.zeros_like(tokens.alive), going, goes)
+    similarity = put(jnp.ones(merged.shape, jnp.float32), going, jnp.where(goes, best_sim, 1.0))
     plan = merge_into(tokens, owner, order, share=jnp.ones_like(tokens.size))
-    return plan, {"merged": merged, "similarity": jnp.where(merged, take(best, back), 1.0)}
+    return plan, {"merged": merged, "similarity": similarity}
+
+
+def put(values: Array, index: Array, new: Array) -> Array:
+  """values[b, index[b, i]] = new[b, i]; index (B, M) in [0, N), each at most once."""
+  return jax.vmap(lambda row, i, v: row.at[i].set(v, mode="promise_in_bounds", unique_indices=True))(values, index, new)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from tokred.config import nearest
 from tokred.reducers.base import Planner, merge_into, num_kept, register
-from tokred.reducers.tome import unit
-from tokred.tokens import Array, Plan, Tokens, inverse, rank
+from tokred.reducers.tome import interleave, unit
+from tokred.tokens import Array, Plan, Tokens, best, inverse, rank, take
 
 POOLING = ("attention", "size", "mean")
 
@@ -68,24 +68,22 @@ class MCTF(Planner):
     removed = alive.sum(1, keepdims=True) - num_kept(tokens, keep)  # r
     forward = removed // 2 if self.bidirectional else removed
 
-    best_a, match_a = score.max(-1), target[jnp.argmax(score, -1)]
+    best_a, match_a = best(score)
     rank_a = rank(-best_a)
     merged_a = (rank_a < forward) & jnp.isfinite(best_a)
     left = jnp.where(merged_a[..., None], -jnp.inf, score)
-    best_b, match_b = left.max(1), source[jnp.argmax(left, 1)]
+    best_b, match_b = best(left.swapaxes(1, 2))
     rank_b = rank(-best_b)
     merged_b = (rank_b < removed - forward) & jnp.isfinite(best_b)
 
-    owner_b = jnp.where(merged_b, match_b, target)
-    owner_a = jnp.where(merged_a, jnp.take_along_axis(owner_b, match_a // 2, axis=1), source)  # with b, if b moves on
-    owner = jnp.broadcast_to(index, alive.shape).at[:, ::2].set(owner_a).at[:, 1::2].set(owner_b)
-    owner = jnp.where(alive, owner, -1)
+    owner_b = jnp.where(merged_b, source[match_b], target)
+    owner_a = jnp.where(merged_a, take(owner_b, match_a), source)  # with b, if b moves on
+    owner = jnp.where(alive, interleave(owner_a, owner_b, n), -1)
 
     # Places: protected, what is left of a, what is left of b (best first, if it had a choice), then the merged.
     key_a = jnp.where(merged_a, 4 * n - 1 - rank_a, n + source)
     key_b = jnp.where(merged_b, 5 * n - 1 - rank_b, 2 * n + (rank_b if self.bidirectional else target))
-    key = jnp.broadcast_to(index, alive.shape).at[:, ::2].set(key_a).at[:, 1::2].set(key_b)
-    key = jnp.where(tokens.protected, index, key)
+    key = jnp.where(tokens.protected, index, interleave(key_a, key_b, n))
     order = inverse(rank(jnp.where(alive, key, index + 5 * n)))
     share = {"attention": attention * tokens.size, "size": tokens.size, "mean": jnp.ones_like(tokens.size)}
     plan = merge_into(tokens, owner, order, share=jnp.where(alive, share[self.pooling], 1.0))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tokred.reducers.base import Planner, merge_into, num_kept, register
-from tokred.tokens import Array, Plan, Tokens, inverse, rank
+from tokred.tokens import Array, Plan, Tokens, best, inverse, rank
 
 
 def unit(x: Array, alive: Array) -> Array:
@@ -14,6 +14,20 @@ def unit(x: Array, alive: Array) -> Array:
   x = jnp.where(alive[..., None], x.astype(jnp.float32), 0.0)
   norm = jnp.linalg.norm(jnp.where(alive[..., None], x, 1.0), axis=-1, keepdims=True)
   return x / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+
+
+def mean_heads(key: Array) -> Array:
+  """Mean over heads, (B, N, H, d) to (B, N, d) float32; a sum of slices, which XLA adds up in one pass."""
+  return sum(key[:, :, head].astype(jnp.float32) for head in range(key.shape[2])) / key.shape[2]
+
+
+def interleave(even: Array, odd: Array, n: int) -> Array:
+  """Even and odd places back in one row, (B, n); what is a scalar or (n // 2,) is spread."""
+  dtype, half = jnp.result_type(even, odd), -(-n // 2)
+  even = jnp.asarray(even, dtype)
+  odd = jnp.broadcast_to(jnp.asarray(odd, dtype), (*even.shape[:-1], n // 2))
+  odd = jnp.pad(odd, ((0, 0),) * (odd.ndim - 1) + ((0, half - n // 2),))
+  return jnp.stack([even, odd], axis=-1).reshape(*even.shape[:-1], 2 * half)[..., :n]
 
 
 @register("tome")
@@ -38,28 +52,27 @@ class ToMe(Planner):
     return n * n / 4 * (width / num_heads)
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
-    n = tokens.x.shape[1]
+    n, alive = tokens.x.shape[1], tokens.alive
     index = jnp.arange(n, dtype=jnp.int32)
-    metric = unit(jax.lax.stop_gradient(tokens.feats["key"]).astype(jnp.float32).mean(2), tokens.alive)
+    metric = unit(mean_heads(jax.lax.stop_gradient(tokens.feats["key"])), alive)
     source, target = index[::2], index[1::2]
-    can = tokens.alive & ~tokens.protected
+    can = alive & ~tokens.protected
     sim = jnp.einsum("bad,bcd->bac", metric[:, ::2], metric[:, 1::2], precision="highest")
-    sim = jnp.where(can[:, ::2, None] & can[:, None, 1::2], sim, -jnp.inf)
-    best, match = sim.max(-1), target[jnp.argmax(sim, axis=-1)]  # (B, Na)
+    similarity, match = best(jnp.where(can[:, ::2, None] & can[:, None, 1::2], sim, -jnp.inf))  # (B, Na)
 
-    alive = tokens.alive.sum(1, keepdims=True)
-    removed = alive - num_kept(tokens, keep)  # r
-    edge_rank = rank(-best)
-    merged = (edge_rank < removed) & jnp.isfinite(best)
-    owner = jnp.broadcast_to(index, tokens.mask.shape)
-    owner = owner.at[:, ::2].set(jnp.where(merged, match, source))
-    owner = jnp.where(tokens.alive, owner, -1)
+    count = num_kept(tokens, keep)
+    edge_rank = rank(-similarity)
+    merged = (edge_rank < alive.sum(1, keepdims=True) - count) & jnp.isfinite(similarity)
+    owner = jnp.where(alive, interleave(jnp.where(merged, target[match], source), target, n), -1)
 
-    # Places: protected, sources, destinations, merged sources (last merged first), dead.  One integer key sorts them.
-    left = jnp.where(tokens.protected.any(1, keepdims=True), source, edge_rank)
-    key = jnp.broadcast_to(index + 2 * n, tokens.mask.shape)
-    key = key.at[:, ::2].set(jnp.where(merged, 4 * n - 1 - edge_rank, left + n))
-    key = jnp.where(tokens.protected, index, key)
-    key = jnp.where(tokens.alive, key, index + 4 * n)
-    order = inverse(rank(key))
-    return merge_into(tokens, owner, order), {"similarity": best}
+    # Places: the protected, sources left over, destinations, merged sources (last merged first), the dead.
+    first = tokens.protected & alive
+    left, stays = can & interleave(~merged, False, n), can & (index % 2 == 1)
+    before = lambda group: jnp.cumsum(group, 1, dtype=jnp.int32) - 1  # noqa: E731
+    total = lambda group: group.sum(1, keepdims=True, dtype=jnp.int32)  # noqa: E731
+    by_similarity = interleave(edge_rank - total(merged), 0, n)
+    place_left = jnp.where(first.any(1, keepdims=True), before(left), by_similarity)
+    gone = total(alive) - 1 - interleave(edge_rank, 0, n)
+    place = jnp.where(stays, total(first) + total(left) + before(stays), jnp.where(alive, gone, index))
+    place = jnp.where(first, before(first), jnp.where(left, total(first) + place_left, place))
+    return merge_into(tokens, owner, inverse(place)), {"similarity": similarity}

@@ -24,6 +24,7 @@ from tokred import data as tokred_data
 from tokred.config import complete
 from tokred.files import write_json
 from tokred.model import Model, freeze, init, without_sites
+from tokred.train.alarms import Alarms
 from tokred.train.log import MetricLog
 from tokred.train.phase import Phase, check
 from tokred.train.step import transfer
@@ -99,6 +100,7 @@ class _Run:
 
   def __init__(self, phase: Phase, saved: checkpoint.Checkpoints, log: MetricLog, eval_batches: Any, total: int):
     self.phase, self.saved, self.log, self.eval_batches, self.total = phase, saved, log, eval_batches, total
+    self.alarms = Alarms(phase.module.sites)
 
   def steps(self, step: int, state: Any, stream: Iterator[tuple[Any, Any]], teacher: Any) -> Any:
     """Runs to the end, and returns the state.  Metrics of a step are fetched when the next one is under way."""
@@ -148,6 +150,7 @@ class _Run:
       config.train.mode = "gather"
       config.loss.budget = 0.0
     self.phase = Phase(config, self.phase.mesh, self.total, frozen=True)
+    self.alarms = Alarms(self.phase.module.sites)
     self.log.message(f"rates are frozen: tokens leaving each block {frozen.counts}, {frozen.flops / 1e9:.3g} GFLOPs")
     return transfer(state, self.phase.target)
 
@@ -176,6 +179,8 @@ class _Run:
     if step % c.train.log_every == 0 or step == self.total:
       lr = float(self.phase.schedule(step - 1))
       self.log.write(step, metrics | {"lr": lr} | self.log.speed())
+      for alarm in self.alarms.new(metrics):
+        self.log.message(f"alarm: {alarm}")
 
 
 def _resumed(phase: Phase, folder: Path, total: int) -> Phase:

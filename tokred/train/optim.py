@@ -5,7 +5,7 @@ parameter is an error, since it is a misspelling that would otherwise train the 
 
 Order of one update, for the parameters that are not in `freeze`:
 
-    gradient -> clip by global norm -> optimiser with weight decay and learning rate -> multiplier -> freeze_until
+    gradient -> clip by norms -> optimiser with weight decay and learning rate -> multiplier -> freeze_until
 """
 
 import difflib
@@ -83,6 +83,9 @@ def make_optimizer(
   not scaled by the learning rate. Elsewhere (sgd, adam, rmsprop, lars, ...) it is coupled: weight_decay * p is added
   to the clipped gradient, as in L2 regularisation.
 
+  `clip_norm` bounds the norm of the whole gradient; parameters in `clip_groups` are left out of it and bounded group
+  by group, so that a selector whose gradient explodes does not stop the backbone from learning.  0 clips nothing.
+
   `multipliers` scale the finished update, so the learning rate with its decay; of several regexes the first counts.
   `freeze`: no update, no optimiser state, no share in the clipped norm. `freeze_until`: no update before the step,
   while moments are gathered and the gradient counts in the norm, as with a learning rate of zero. Frozen parameters
@@ -115,16 +118,22 @@ def make_optimizer(
   scaled = _first_match("multipliers", [regex for regex, _ in factors], names, may_miss)
   steps = _pairs("freeze_until", config_optim.freeze_until)
   held = _first_match("freeze_until", [regex for regex, _ in steps], names, may_miss)
+  norms = _pairs("clip_groups", config_optim.clip_groups)
+  clipped = _first_match("clip_groups", [regex for regex, _ in norms], names, may_miss)
   if all(index is not None for index in frozen):
     raise ValueError(f"config.optim.freeze={tuple(config_optim.freeze)!r} matches every parameter; nothing would learn")
 
-  transforms = [optax.clip_by_global_norm(config_optim.clip_norm)] if config_optim.clip_norm else []
+  transforms = [optax.clip_by_global_norm(config_optim.clip_norm)] if config_optim.clip_norm and not norms else []
   decay_mask = treedef.unflatten([index is None for index in no_decay])
   transforms.append(_named_optimizer(config_optim, schedule, decay_mask))
   transform = optax.chain(*transforms)
   if config_optim.freeze:
     transform = optax.masked(transform, treedef.unflatten([index is None for index in frozen]))
   stages = [transform]
+  if norms:
+    groups = [-1 if i is None else i for i in clipped]  # the last norm is that of the rest
+    groups = [None if there is not None else i for i, there in zip(groups, frozen, strict=True)]
+    stages.insert(0, _clip_by_group(groups, [*(float(norm) for _, norm in norms), config_optim.clip_norm]))
   if factors:
     stages.append(_scale(treedef.unflatten([1.0 if i is None else float(factors[i][1]) for i in scaled])))
   if config_optim.freeze or steps:
@@ -192,6 +201,26 @@ def _scale(factors: Any) -> optax.GradientTransformation:
   return optax.stateless(lambda updates, params: jax.tree.map(lambda u, factor: u * factor, updates, factors))
 
 
+def _clip_by_group(groups: Sequence[int | None], norms: Sequence[float]) -> optax.GradientTransformation:
+  """Bounds the joint norm of each group's leaves; the last norm is that of group -1, and None is left alone."""
+
+  def clip(updates: Any, params: Any) -> Any:
+    del params
+    leaves, treedef = jax.tree.flatten(updates)
+    leaves = list(leaves)
+    for group, bound in zip([*range(len(norms) - 1), -1], norms, strict=True):
+      members = [index for index, there in enumerate(groups) if there == group]
+      if bound and members:
+        norm = optax.tree.norm([leaves[index] for index in members])
+        for index in members:
+          leaves[index] = jnp.where(
+            norm < bound, leaves[index], leaves[index] / norm.astype(leaves[index].dtype) * bound
+          )
+    return treedef.unflatten(leaves)
+
+  return optax.stateless(clip)
+
+
 class HoldState(NamedTuple):
   """Updates made so far; int32 scalar."""
 
@@ -245,7 +274,7 @@ def _pairs(field: str, value: Sequence[Any]) -> list[tuple[str, float]]:
   for item in value:
     number = item[1] if isinstance(item, (tuple, list)) and len(item) == 2 else None
     if not isinstance(number, (int, float)) or not 0 <= number < math.inf:
-      wanted = "step" if field == "freeze_until" else "factor"
+      wanted = {"freeze_until": "step", "clip_groups": "norm"}.get(field, "factor")
       raise ValueError(
         f"config.optim.{field}: {item!r} is not a (regex, {wanted}) pair with a number of at least 0; "
         f"valid: a tuple of pairs such as (('encoder/.*', {100 if wanted == 'step' else 0.1}),)"

@@ -13,6 +13,7 @@ from tokred.evaluate import counts_by_site
 from tokred.model import without_sites
 from tokred.nn.vit import ViT
 from tokred.sharding import path_name
+from tokred.train.alarms import overlaps
 from tokred.train.optim import ema_update
 
 State = dict[str, Any]  # step, params, opt_state, and ema where it is on
@@ -52,7 +53,7 @@ def make_step(config: ConfigDict, module: ViT, optimizer: optax.GradientTransfor
     terms = losses.terms(weights, module, output, target, taught, full)
     right = output.logits.argmax(-1) == target.argmax(-1)
     counts = {f"counts/{name}": count for name, count in counts_by_site(module, output.aux).items()}
-    metrics = terms | {"accuracy": right.astype(jnp.float32).mean()} | counts
+    metrics = terms | {"accuracy": right.astype(jnp.float32).mean()} | counts | overlaps(module, output)
     return losses.total(weights, terms), metrics
 
   def step(state: State, batch: dict, keeps: Mapping[str, Any] | None, teacher: Any, seed: Any) -> tuple[State, dict]:

@@ -1,0 +1,112 @@
+"""One method at one budget, fine-tuned from a dense checkpoint.
+
+  python train.py --config=configs/methods.py:method=evit,dataset=digits,budget=0.6 --workdir=runs/evit \
+    --config.init=runs/digits_dense
+
+Structural arguments: method (a name below), budget (share of the dense FLOPs), seed, and those of configs/sweep.py
+(dataset, steps, ...).  A name with "+tuned" fine-tunes a method that needs no training.  `greedy` and `sigmoid` search
+on a model: here they are what they start from, and `python -m tokred.sweep` runs them.
+
+Accuracy expected on digits at 0.6 of the FLOPs (mean over three seeds; configs/sweep.py:dataset=digits, to be filled in
+from its table.md):
+
+| method | what it is | training | digits, 0.6 |
+|---|---|---|---|
+| dense, dense+tuned | nothing is removed; trained for as long as the others | none, yes | |
+| random | keeps a random set | none | |
+| cls_topk, column_mean, value_norm, repr_shift | keep the tokens of the highest score | none | |
+| pagerank, zerotprune | weighted PageRank over the attention map; with its similarity stage | none | |
+| maxmin, mmr | farthest first; relevance against redundancy | none | |
+| kmeans, dpcknn | clusters | none | |
+| tome, pitome, tofu, transforming | merge what is alike | none | |
+| ats | samples by the scores' distribution | none | |
+| greedy, sigmoid | ToMe with searched counts | none | |
+| topk_merge | prune and merge as DiffRate, counts set by hand | yes | |
+| diffrate | prune and merge, counts learned | yes | |
+| evit, evit_drop | cls attention, the rest fused, or dropped | yes | |
+| dynamicvit | Gumbel selectors with distillation | yes | |
+| mctf | merges by three criteria, consistency | yes | |
+| sit, stvit | soft slots; semantic tokens | yes | |
+| avit | halting | yes | |
+| autoencoder | keeps what the others cannot reconstruct | yes | |
+| mod | Mixture-of-Depths around every second block | yes | |
+| dyt, skipvit, spa | dispatchers, a long skip, packed rows | yes | |
+| hot, clca | prune and recover; cross-layer cache | yes | |
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tokred.config import arguments
+
+# Weights of an own loss, or settings of training, stand beside the sites: groups of the training config.  `tune`:
+# whether the method is fine-tuned; `freeze`: share of the steps after which learned rates are integers; `search`: how
+# counts are found.  `layers` are words of tokred.calibrate.LAYERS, and counts follow from the budget.
+RATE = dict(optim=dict(multipliers=((r".*/rate/.*", 100.0),)), loss=dict(budget=20.0), freeze=0.4, tune=True)
+
+
+def _one(reducer: Any, layers: str = "stages", tune: bool = False, **options: Any) -> dict[str, Any]:
+  """A method of one site, trained as everything else is."""
+  return dict(sites=dict(tokens=dict(reducer=reducer, layers=layers, **options)), tune=tune)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+  "dense": dict(sites={}),
+  # Criteria
+  "random": _one("topk", score="random"),
+  "cls_topk": _one("topk"),
+  "column_mean": _one("topk", score="column_mean"),
+  "value_norm": _one("topk", score="value_norm"),
+  "repr_shift": _one("topk", score="repr_shift"),
+  "pagerank": _one("topk", score="pagerank"),
+  "zerotprune": _one("zerotprune"),
+  "maxmin": _one("maxmin"),
+  "mmr": _one("mmr"),
+  "kmeans": _one("kmeans"),
+  "dpcknn": _one("dpcknn"),
+  "ats": _one("ats"),
+  # Fusion
+  "tome": _one("tome", "every"),
+  "pitome": _one("pitome", "every"),
+  "tofu": _one("tofu", "every"),
+  "transforming": _one("transforming"),
+  "evit": _one("topk", fuse=True, tune=True),
+  "evit_drop": _one("topk", tune=True),
+  "mctf": _one("mctf", "every", tune=True) | dict(loss=dict(consistency=3.0)),
+  "sit": _one("sit", "once", tune=True),
+  "stvit": _one("stvit", "once", tune=True),
+  # Rates
+  "topk_merge": _one(("topk", "diffrate_merge"), "every", tune=True),
+  "diffrate": dict(sites=dict(tokens=dict(reducer=("topk", "diffrate_merge"), layers="every", rate="learned"))) | RATE,
+  "greedy": _one("tome", "every") | dict(search="greedy"),
+  "sigmoid": _one("tome", "every") | dict(search="sigmoid"),
+  # Selectors
+  "dynamicvit": _one("gumbel", tune=True)
+  | dict(loss=dict(keep_ratio=2.0, distill_logits=0.5, distill_tokens=0.5), train=dict(mode="mask")),
+  "avit": _one("avit", "all", tune=True) | dict(loss=dict(ponder=5e-4, halting_prior=1e-3), train=dict(mode="mask")),
+  "autoencoder": _one("autoencoder", "once", tune=True) | dict(train=dict(mode="mask")),
+  # Routers
+  "mod": _one("router", "alternate", tune=True, place="around"),
+  "dyt": _one("dyt", "all", tune=True, hidden=8)
+  | dict(loss=dict(global_ratio=2.0, full_cross_entropy=1.0, full_distill=1.0), train=dict(mode="mask")),
+  "skipvit": _one("skipvit", "once", tune=True),
+  "spa": _one("spa", "alternate", tune=True) | dict(train=dict(mode="mask")),
+  # Recovery
+  "hot": _one("hot", "once", tune=True),
+  "clca": _one("clca", tune=True),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  from configs import sweep  # which names this table too
+
+  own = dict(method="evit", budget=0.6, seed=0)
+  args = arguments(arg, **own, **sweep.ARGUMENTS)
+  rest = ",".join(f"{name}={args[name]}" for name in sweep.ARGUMENTS)
+  from tokred.sweep import recipe  # JAX comes with it: only now
+
+  config = recipe(sweep.get_config(rest), args.method, args.budget, args.seed)
+  if args.runlocal:
+    config.loss.update({name: 0.0 for name in config.loss if name.startswith("distill_")})  # there is no teacher
+  return config

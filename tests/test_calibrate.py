@@ -1,0 +1,154 @@
+"""Counts for a budget, against hand arithmetic, and searches whose best answer is known."""
+
+import jax
+import numpy as np
+import pytest
+
+import tokred
+from tokred import calibrate
+
+# 16 patches and CLS, width 16, MLP 32: a block costs 4 N 16^2 + 2 N^2 16 for attention and 2 N 16 32 for the MLP.
+MODEL = dict(variant="mu/1", width=16, depth=2, num_heads=2, mlp_dim=32, image_size=(4, 4), channels=1, num_classes=10)
+CONFIG = dict(model=MODEL)
+
+
+def site(**fields):
+  return dict(tokens=dict(dict(reducer="topk", score="token_norm", layers=(0, 1)), **fields))
+
+
+def macs(*counts):
+  """By hand: (tokens in attention, in the MLP) of each block, the patches and the head."""
+  attention = sum(4 * n * 256 + 2 * n * n * 16 for n, _ in counts)
+  return attention + sum(2 * n * 16 * 32 for _, n in counts) + 16 * 16 * 1 + 16 * 10
+
+
+def share_of(sites):
+  return tokred.build(CONFIG | {"sites": sites}).macs / tokred.build(CONFIG).macs
+
+
+def test_the_share_by_hand():
+  module = tokred.build(CONFIG | {"sites": site(keep=1.0)}).module
+  share = calibrate.share(module, module.sites.spots, (9, 5))
+  assert share == pytest.approx(macs((17, 9), (9, 5)) / macs((17, 17), (17, 17)), rel=1e-6)
+
+
+@pytest.mark.parametrize("budget", [0.9, 0.75, 0.6])
+def test_no_other_count_comes_nearer(budget):
+  (keep,) = (s["keep"] for s in calibrate.at_budget(CONFIG, site(), budget).values())
+  got = macs((17, keep[0]), (keep[0], keep[1])) / macs((17, 17), (17, 17))
+  assert got <= budget
+  for more in ((1, 0), (0, 1)):
+    a, b = keep[0] + more[0], keep[1] + more[1]
+    assert b > a or a > 17 or macs((17, a), (a, b)) / macs((17, 17), (17, 17)) > budget
+
+
+def test_shares_and_even_removal():
+  config = CONFIG | {"model": MODEL | {"depth": 8, "image_size": (16, 16)}}
+  (stages,) = calibrate.at_budget(config, site(layers="stages"), 0.6).values()
+  assert stages["layers"] == (2, 4, 6)
+  rates = [(out - 1) / (n - 1) for n, out in zip((257, *stages["keep"]), stages["keep"], strict=False)]
+  assert max(rates) - min(rates) < 0.03
+  (every,) = calibrate.at_budget(config, site(layers="every"), 0.6).values()
+  assert every["layers"] == (1, 2, 3, 4, 5, 6, 7)
+  removed = -np.diff((257, *every["keep"]))
+  assert removed.max() - removed.min() <= 2
+
+
+def test_counts_are_those_that_a_reducer_can_give():
+  config = CONFIG | {"model": MODEL | {"depth": 6}}
+  template = dict(tokens=dict(reducer="tome", layers="every"))
+  (tome,) = calibrate.at_budget(config, template, 0.55).values()
+  for n, out in zip((17, *tome["keep"]), tome["keep"], strict=False):
+    assert out >= n - (n - 1) // 2
+  (fused,) = calibrate.at_budget(config, dict(tokens=dict(reducer="topk", fuse=True, layers="stages")), 0.6).values()
+  assert min(fused["keep"]) >= 2
+
+
+def test_routed_blocks_become_more_where_the_budget_asks_for_it():
+  config = CONFIG | {"model": MODEL | {"depth": 6}}
+  template = dict(tokens=dict(reducer="router", place="around", layers="alternate"))
+  layers = [calibrate.at_budget(config, template, b)["tokens"]["layers"] for b in (0.7, 0.5, 0.3)]
+  assert layers == [(1, 3, 5), (1, 2, 4, 5), (1, 2, 3, 4, 5)]
+
+
+def test_prune_and_merge_share_what_goes():
+  config = CONFIG | {"model": MODEL | {"depth": 4}}
+  template = dict(tokens=dict(reducer=("topk", "diffrate_merge"), layers="every"))
+  prune, merge = calibrate.at_budget(config, template, 0.7)["tokens"]["keep"]
+  assert len(prune) == len(merge) == 3 and all(p > m for p, m in zip(prune, merge, strict=True))
+
+
+def test_learned_rates_and_given_counts_stay():
+  learned = dict(tokens=dict(reducer="topk", layers=(0, 1), rate="learned"))
+  assert calibrate.at_budget(CONFIG, learned, 0.6) == learned
+  assert calibrate.at_budget(CONFIG, site(keep=5), 0.6) == site(keep=5)
+
+
+def test_errors():
+  with pytest.raises(
+    ValueError, match=r"sites tokens cannot go down to budget=0.1 .* only to 0\.\d+; raise the budget"
+  ):
+    calibrate.at_budget(CONFIG, site(), 0.1)
+  with pytest.raises(ValueError, match="layers='evry' is no word for layers; did you mean 'every'"):
+    calibrate.at_budget(CONFIG, site(layers="evry"), 0.5)
+
+
+@pytest.fixture(scope="module")
+def model():
+  """An untrained model, but for its head, which is zero at the start."""
+  made = tokred.build(CONFIG | {"sites": site(keep=1.0)}).init(0)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(np.asarray, made.params)
+  params["head"]["kernel"] = rng.standard_normal(params["head"]["kernel"].shape).astype(np.float32)
+  return tokred.Model(made.config, made.module, params)
+
+
+@pytest.fixture(scope="module")
+def batches():
+  rng = np.random.default_rng(1)
+  image = rng.standard_normal((2, 8, 4, 4, 1)).astype(np.float32)
+  return [dict(image=image[0], mask=np.ones(8, bool)), dict(image=image[1], mask=np.arange(8) < 5)]
+
+
+def test_the_distance_is_that_of_the_gathered_model(model, batches):
+  got = calibrate.divergence(model, batches)((6, 4))
+  sites = site(keep=(6, 4))
+  reduced = tokred.Model(tokred.build(CONFIG | {"sites": sites}).config, tokred.build(CONFIG | {"sites": sites}).module,
+                         model.params)  # fmt: skip
+  dense = tokred.Model(tokred.build(CONFIG).config, tokred.build(CONFIG).module, model.params)
+  log_p, log_q = (
+    np.concatenate([jax.nn.log_softmax(m(b["image"]).logits)[b["mask"]] for b in batches]) for m in (dense, reduced)
+  )
+  assert got == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum() / 13, rel=1e-3, abs=1e-6) and got > 0
+  assert calibrate.divergence(model, batches)((17, 17)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_one_program_for_all_counts(model, batches, caplog):
+  distance = calibrate.divergence(model, batches)
+  distance((17, 17))
+  with jax.log_compiles(True):
+    for counts in ((9, 9), (5, 2), (17, 3)):
+      distance(counts)
+  assert "ompil" not in caplog.text
+
+
+@pytest.mark.parametrize("search", [calibrate.greedy, calibrate.sigmoid])
+def test_searches_meet_the_budget(model, batches, search):
+  config = search(model, batches, 0.8)
+  assert 0.76 < share_of(config.sites.to_dict()) <= 0.8 and config.is_locked
+  first, second = config.sites.tokens.keep
+  assert first >= second >= 2
+
+
+def test_greedy_takes_what_does_not_matter(model, batches):
+  """Tokens of the last block's MLP reach nobody: only CLS is read."""
+  first, second = calibrate.greedy(model, batches, 0.9, step=1 / 16).sites.tokens.keep
+  assert first == 17 and second < 17
+
+
+def test_a_search_needs_fixed_rates(batches):
+  learned = tokred.build(CONFIG | {"sites": dict(tokens=dict(reducer="topk", layers=(0, 1), rate="learned"))}).init(0)
+  with pytest.raises(ValueError, match=r"a search needs sites with rate='fixed'; those of \['tokens'\] are not"):
+    calibrate.greedy(learned, batches, 0.8)
+  with pytest.raises(ValueError, match="the model has no parameters"):
+    calibrate.sigmoid(tokred.build(CONFIG | {"sites": site(keep=1.0)}), batches, 0.8)

@@ -1,0 +1,423 @@
+"""Fusion: PiToMe, ToFu, Token Transforming, self-slimming, semantic tokens, and ToMe's split at even steps."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import MODES, backbone, check_forward, check_sources, forward, model, needs_golden, quick, recorded
+
+from tokred import losses
+from tokred import tokens as tk
+from tokred.reducers import pitome, sit, stvit, tofu, tome_kth, transforming
+
+
+def make(x, *, prefix=0, alive=None, key=None, **feats):
+  """Tokens of (B, N, D); a key (B, N, d) has one head."""
+  tokens = tk.start(jnp.asarray(x, jnp.float32), prefix)
+  if alive is not None:
+    tokens = tokens.replace(mask=jnp.asarray(alive, bool))
+  feats = {name: jnp.asarray(value, jnp.float32) for name, value in feats.items()}
+  if key is not None:
+    feats["key"] = jnp.asarray(key, jnp.float32)[:, :, None]
+  return tokens.replace(feats=feats)
+
+
+def run(reducer, tokens, keep, mode="gather", variables=None):
+  apply = functools.partial(reducer.apply, train=False, mode=mode)
+  program = jax.jit(lambda variables, tokens: apply(variables, tokens, keep), compiler_options=quick())
+  return program(variables or {}, tokens)
+
+
+def begin(reducer, tokens, keep):
+  """Parameters as they are made."""
+  init = functools.partial(reducer.init, jax.random.key(0), keep=keep, train=False, mode="gather")
+  return jax.jit(init, compiler_options=quick())(tokens)["params"]
+
+
+def both(reducer, tokens, keep, variables=None):
+  """What comes out in gather mode, once mask mode has been found to agree."""
+  gathered, report = run(reducer, tokens, keep, "gather", variables)
+  masked, _ = run(reducer, tokens, keep, "mask", variables)
+  assert masked.x.shape == tokens.x.shape
+  np.testing.assert_array_equal(masked.alive, jnp.broadcast_to(jnp.arange(tokens.x.shape[1]) < keep, masked.mask.shape))
+  np.testing.assert_array_equal(masked.owner, gathered.owner)
+  for name in ("x", "size", "position", "protected"):
+    np.testing.assert_allclose(getattr(masked, name)[:, :keep], getattr(gathered, name), atol=1e-6, err_msg=name)
+  return gathered, report
+
+
+def sources(tokens, k):
+  return (np.asarray(tokens.owner)[:, None] == np.arange(k)[:, None]).astype(np.uint8)
+
+
+# PiToMe.
+
+
+@needs_golden
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["pitome_a", "pitome_b"])
+def test_pitome(name, mode):
+  arrays, settings = recorded(name)
+  module = model("public_vit", dict(merge=dict(reducer="pitome", layers=tuple(range(6)), keep=settings["ratio"])))
+  modules = [spot.module() for spot in module.sites.spots]
+  np.testing.assert_allclose([m.margin * (1 - m.layer / m.depth) for m in modules], settings["margins"])
+  assert [m.layer for m in modules if m.layer < math.ceil(m.early * m.depth)] == settings["bsm_pitome_layers"]
+  output, blocks = forward(module, backbone("public_vit"), arrays["images"], mode)
+  check_forward(arrays, output, blocks)
+  check_sources(arrays, blocks, order=True)
+
+
+@needs_golden
+@pytest.mark.parametrize("case", [0, 1])
+def test_pitome_function(case):
+  arrays, settings = recorded("fn_pitome")
+  given = settings["cases"][case]
+  read = lambda name: arrays[f"c{case}_{name}"]  # noqa: E731
+  prefix = int(given["class_token"])
+  reducer = pitome.PiToMe(margin=given["margin"], early=float(given["use_bsm_pitome"]))
+  keep = reducer.count(given["ratio"], given["N"], prefix, given["N"] - prefix)
+  tokens = make(read("x"), prefix=prefix, key=read("metric")).replace(size=jnp.asarray(read("size")[..., 0]))
+  assert keep == read("wavg_x").shape[1]
+  out, report = both(reducer, tokens, keep)
+  np.testing.assert_allclose(report["energy"][:, prefix:], read("energy"), atol=1e-6)
+  np.testing.assert_allclose(out.x, read("wavg_x"), atol=1e-6)
+  np.testing.assert_allclose(out.size, read("wavg_size")[..., 0], rtol=1e-6)
+  np.testing.assert_array_equal(sources(out, keep), read("source"))
+  plain, _ = run(reducer, tokens.replace(size=jnp.ones_like(tokens.size)), keep)
+  np.testing.assert_allclose(plain.x, read("mean"), atol=1e-6)
+
+
+def test_pitome_energy():
+  """cos = [[1, 1, 0], [1, 1, 0], [0, 0, 1]], m = 0.5: ELU(0.5) = 0.5 and ELU(-0.5) = e^-0.5 - 1 = -0.393469.
+
+  E_0 = E_1 = (0.5 + 0.5 - 0.393469) / 3 = 0.202177;  E_2 = (0.5 - 2 x 0.393469) / 3 = -0.095646.
+  The fourth token is not free: it gives nothing.
+  """
+  cosine = jnp.asarray([[[1, 1, 0, 1], [1, 1, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]]], jnp.float32)
+  got = pitome.energy(cosine, jnp.asarray([[True, True, True, False]]), 0.5)
+  np.testing.assert_allclose(got[0, :3], [0.202177, 0.202177, -0.095646], atol=1e-6)
+
+
+def test_pitome_leaves_the_lonely_alone():
+  """Keys of tokens 1, 2, 4, 5 are two pairs of twins, token 3 stands alone, 0 is protected: r = 2 of T = 5.
+
+  With margin 0.5, E of a twin is (0.5 + 0.5 + 3 (-0.393469)) / 5 = -0.036, of 3 (0.5 + 4 (-0.393469)) / 5 = -0.215.
+  Candidates by rank: 1, 2, 4, 5; sources 1 and 4, destinations 2 and 5.  Survivors: [0, 3, 2, 5].
+  """
+  axes = np.eye(4)
+  key = axes[[3, 0, 0, 1, 2, 2]][None]
+  x = np.arange(6.0)[None, :, None] * np.ones((1, 1, 2))
+  out, _ = both(pitome.PiToMe(margin=0.5, early=0.0), make(x, prefix=1, key=key), 4)
+  np.testing.assert_allclose(out.x[0, :, 0], [0, 3, 1.5, 4.5])
+  np.testing.assert_allclose(out.size[0], [1, 1, 2, 2])
+  assert out.owner[0].tolist() == [0, 2, 2, 1, 3, 3]
+
+
+# ToFu.
+
+
+@needs_golden
+@pytest.mark.parametrize("mode", MODES)
+def test_tofu(mode):
+  arrays, settings = recorded("tofu_thirdparty_a")
+  n, keep = 65, []
+  for _ in range(6):
+    n -= math.floor(n - n * settings["ratio"])  # of all tokens, CLS counted
+    keep.append(n)
+  site = dict(reducer="tofu", layers=tuple(range(6)), keep=tuple(keep), norm="target")
+  module = model("public_vit", dict(reduce=site))
+  strategy = ["prune" if spot.module().prunes else "tofu" for spot in module.sites.spots]
+  assert strategy == settings["strategy"]
+  output, blocks = forward(module, backbone("public_vit"), arrays["images"], mode)
+  check_forward(arrays, output, blocks)
+
+
+def pairs():
+  """Source 0 matches destination 1, source 2 matches 3 a little less: with one to go it is 0 that goes into 1."""
+  key = np.asarray([[[1, 0, 0], [1, 0, 0], [0, 1, 0.2], [0, 1, 0]]])
+  x = np.asarray([[[3, 0], [0, 4], [5, 6], [7, 8]]])
+  return make(x, key=key)
+
+
+@pytest.mark.parametrize(
+  "norm, merged, size",
+  [
+    # xbar = (1.5, 2), ||xbar|| = 2.5, the longest is 4: xbar 4 / 2.5 = (2.4, 3.2)
+    ("mlerp", [2.4, 3.2], 2),
+    # the destination's length before the mean is 4 too: xbar 4 / 4
+    ("target", [1.5, 2.0], 1),
+  ],
+)
+def test_tofu_keeps_length(norm, merged, size):
+  out, _ = both(tofu.ToFu(norm=norm, early=-1.0), pairs(), 3)
+  np.testing.assert_allclose(out.x[0], [[5, 6], merged, [7, 8]], rtol=1e-6)
+  np.testing.assert_allclose(out.size[0], [1, size, 1])
+  assert out.owner[0].tolist() == [1, 1, 0, 2] and set(out.feats) == {"key"}
+
+
+def test_tofu_prunes_early():
+  out, _ = both(tofu.ToFu(layer=2, depth=4), pairs(), 3)
+  np.testing.assert_allclose(out.x[0], [[5, 6], [0, 4], [7, 8]])
+  assert out.owner[0].tolist() == [-1, 1, 0, 2] and out.size.tolist() == [[1, 1, 1]]
+  assert not tofu.ToFu(layer=3, depth=4).prunes
+
+
+def test_tofu_of_zeros_has_a_gradient():
+  reducer, tokens = tofu.ToFu(early=-1.0), pairs()
+  apply = functools.partial(reducer.apply, {}, keep=3, train=False, mode="gather")
+  slope = jax.jit(jax.grad(lambda x: apply(tokens.replace(x=x))[0].x.sum()), compiler_options=quick())(0 * tokens.x)
+  assert jnp.isfinite(slope).all()
+
+
+def test_tofu_unknown_norm():
+  with pytest.raises(ValueError, match=r"sites.merge.norm='mlrp' is not a way to rescale; did you mean 'mlerp'"):
+    model("public_vit", dict(merge=dict(reducer="tofu", layers=(1,), r=2, norm="mlrp")))
+
+
+# ToMe at even steps.
+
+
+@needs_golden
+@pytest.mark.parametrize("case, index", [(3, 0), (4, 1)])
+def test_tome_kth(case, index):
+  arrays, settings = recorded("fn_tome_bsm")
+  given = settings["cases"][case]
+  x, metric = arrays[f"k{index}_x"], arrays[f"k{index}_metric"]
+  out, _ = both(tome_kth.ToMeKth(), make(x, key=metric), given["N"] // given["k"])
+  np.testing.assert_allclose(out.x, arrays[f"k{index}_mean"], atol=1e-6)
+  np.testing.assert_allclose(tk.restore(out.x, out.owner), arrays[f"k{index}_unmerge"], atol=1e-6)
+
+
+def test_kth_split():
+  """floor((t + 1) 3 / 7) rises at t = 2 (9 / 7), 4 (15 / 7) and 6 (21 / 7); a token that is not free has no turn."""
+  free = jnp.asarray([[False, True, True, True, True, True, True, True]])
+  got = tome_kth.kth_split(free, jnp.asarray([[3]]))
+  assert np.flatnonzero(got[0]).tolist() == [3, 5, 7]
+
+
+# Token Transforming.
+
+
+def test_transforming():
+  """Anchors 1 and 3 of four tokens behind CLS, importance (0.4, 0.1, 0.3, 0.1), tau = 0.5.
+
+  x_1 = (1, 0), x_2 = (2, 0), x_3 = (0, 1), x_4 = (0, 3): cosines are 1 within a pair, 0 between.  Row of anchor 1,
+  with e = exp(2): (0.4 e, 0.1 e, 0.3, 0.1) / (0.5 e + 0.4) = (0.721847, 0.180462, 0.073269, 0.024423), so
+  y_1 = (0.721847 + 2 x 0.180462, 0.073269 + 3 x 0.024423) = (1.082770, 0.146537).  Row of anchor 3:
+  (0.4, 0.1, 0.3 e, 0.1 e) / (0.4 e + 0.5) = (0.115753, 0.028938, 0.641481, 0.213827), y_3 = (0.173630, 1.282962).
+  All sizes are 1: so are the rows' sums, and both slots get 4 / 2.
+  """
+  x = [[[9, 9], [1, 0], [2, 0], [0, 1], [0, 3]]]
+  tokens = make(x, prefix=1, cls_attention=[[0.1, 0.4, 0.1, 0.3, 0.1]])
+  out, _ = both(transforming.Transforming(temperature=0.5), tokens, 3)
+  np.testing.assert_allclose(out.x[0], [[9, 9], [1.082770, 0.146537], [0.173630, 1.282962]], atol=1e-5)
+  np.testing.assert_allclose(out.size[0], [1, 2, 2], rtol=1e-6)
+  assert out.owner[0].tolist() == [0, 1, 1, 2, 2] and out.position[0].tolist() == [0, 1, 3]
+
+
+def test_transforming_cold_is_a_partition():
+  """As tau goes to 0 every slot is its anchor's own value: cos(x_i, x_i) beats all that is not parallel to it."""
+  x = np.random.default_rng(0).normal(size=(2, 9, 4))
+  attention = jax.nn.softmax(jnp.asarray(np.random.default_rng(1).normal(size=(2, 9))))
+  tokens = make(x, prefix=1, cls_attention=attention)
+  out, _ = both(transforming.Transforming(temperature=1e-4), tokens, 5)
+  np.testing.assert_allclose(out.x, tk.take(tokens.x, out.position), atol=1e-5)
+  np.testing.assert_allclose(out.size.sum(1), 9, rtol=1e-6)
+
+
+# Self-slimming.
+
+
+def slimming(arrays):
+  """The authors' parameters in our trees."""
+  dense = lambda name: {"kernel": arrays[f"{name}.weight"].T, "bias": arrays[f"{name}.bias"]}  # noqa: E731
+  norm = lambda name: {"scale": arrays[f"{name}.weight"], "bias": arrays[f"{name}.bias"]}  # noqa: E731
+  slim = dict(norm=norm("tsm.weight.0"), in_proj=dense("tsm.weight.1"), scale=arrays["tsm.scale"].reshape(()))
+  slim |= dict(slots=arrays["tsm.weight.3.weight"].T)  # without its bias, which cancels
+  reverse = dict(norm1=norm("rtsm.norm1"), token_mlp=dense("rtsm.mlp1.fc2"), norm2=norm("rtsm.norm2"))
+  reverse |= dict(slots=arrays["rtsm.mlp1.fc1.weight"], bias=arrays["rtsm.mlp1.fc1.bias"])
+  reverse |= dict(mlp1=dense("rtsm.mlp2.fc1"), mlp2=dense("rtsm.mlp2.fc2"))
+  return {"params": slim}, {"params": reverse}
+
+
+@needs_golden
+@pytest.mark.parametrize("mode", MODES)
+def test_sit(mode):
+  arrays, settings = recorded("fn_sit")
+  slim, reverse = slimming(arrays)
+  kept = settings["kept"]
+  out, _ = run(sit.SiT(), make(arrays["x"]), kept, mode, slim)
+  np.testing.assert_allclose(out.x[:, :kept], arrays["slim"], atol=1e-5)
+  if mode == "mask":
+    assert not out.mask[:, kept:].any() and out.mask[:, :kept].all()
+  back, report = run(sit.SiTReverse(), out, kept, mode, reverse)
+  np.testing.assert_array_equal(back.x, out.x)
+  np.testing.assert_allclose(report["recovered"], arrays["recovered"], atol=1e-5)
+
+
+@needs_golden
+def test_sit_in_mask_mode_takes_a_traced_count():
+  arrays, _ = recorded("fn_sit")
+  slim, _ = slimming(arrays)
+  apply = functools.partial(sit.SiT().apply, slim, make(arrays["x"]), train=False, mode="mask")
+  masked, _ = jax.jit(apply, compiler_options=quick())(jnp.int32(5))
+  np.testing.assert_allclose(masked.x[:, :5], arrays["slim"][:, :5], atol=1e-5)
+  assert masked.mask.sum(1).tolist() == [5, 5]
+  with pytest.raises(ValueError, match=r"keep=9, but the parameters are of 7 slots"):
+    run(sit.SiT(), make(arrays["x"]), 9, "gather", slim)
+
+
+def slots(logits):
+  """Parameters that make the slots' logits of tokens x = (1, -1) and (-1, 1) what they are asked to be.
+
+  LN of these is (1, -1) and (-1, 1), up to 1e-5; M1 has one row (10, 0): h = 10 or -10, GELU(h) = 10 or 0.
+  """
+  slots = jnp.asarray(logits, jnp.float32)[None] / 10
+  proj = dict(kernel=jnp.asarray([[10.0], [0.0]]), bias=jnp.zeros(1))
+  norm = dict(scale=jnp.ones(2), bias=jnp.zeros(2))
+  return {"params": dict(norm=norm, in_proj=proj, slots=slots, scale=jnp.float32(1))}
+
+
+def test_sit_by_hand():
+  """Logits of the two slots are (log 3, -log 3) for the token (1, -1) and (0, 0) for (-1, 1).
+
+  Softmax over tokens: slot 0 takes 3/4 of (1, -1) and 1/4 of (-1, 1), which is (0.5, -0.5); slot 1 the reverse.
+  Token 1 weighs most in slot 0, token 2 in slot 1; free sizes 1 and 1 stay 2 in sum.  CLS leaves the last column, with
+  its logit of 5, unused.
+  """
+  tokens = make([[[7, 7], [1, -1], [-1, 1]]], prefix=1)
+  log3 = math.log(3)
+  out, _ = both(sit.SiT(), tokens, 3, slots([log3, -log3, 5.0]))
+  np.testing.assert_allclose(out.x[0], [[7, 7], [0.5, -0.5], [-0.5, 0.5]], atol=1e-4)
+  np.testing.assert_allclose(out.size[0], [1, 1, 1], rtol=1e-5)
+  assert out.owner[0].tolist() == [0, 1, 2] and out.protected[0].tolist() == [True, False, False]
+  two, _ = both(sit.SiT(), tokens, 2, slots([log3, 5.0]))
+  assert two.owner[0].tolist() == [0, 1, 1]
+  np.testing.assert_allclose(two.size[0], [1, 2], rtol=1e-5)
+
+
+def test_sit_needs_a_count_to_begin_with():
+  with pytest.raises(ValueError, match="must be a Python int where parameters are made"):
+    jax.eval_shape(
+      lambda keep: sit.SiT().init(jax.random.key(0), make(np.zeros((1, 4, 2))), keep, train=False, mode="mask"),
+      jnp.int32(2),
+    )
+
+
+def test_sit_in_a_model():
+  """int(P 0.5^i) slots and CLS; the reverse head acts in training only, and recovers the patches of each block."""
+  sites = dict(
+    slim=dict(reducer="sit", layers=(0, 1), keep=(0.5, 0.25)),
+    undo=dict(reducer="sit_reverse", layers=(2,)),
+  )
+  module = model("public_vit", sites)
+  assert module.sites.counts() == (33, 17, 17, 17, 17, 17)
+  shape = lambda **kwargs: jax.eval_shape(  # noqa: E731
+    functools.partial(module.init_with_output, jax.random.key(0), **kwargs), jnp.zeros((2, 64, 64, 3))
+  )[0]
+  assert shape(train=True, mode="mask").aux["reduce/undo/recovered"][0].shape == (2, 64, 96)
+
+
+def test_recalibration():
+  """Layer 1: (1 + 4) / 2 = 2.5; layer 2: 9 / 1 = 9; mean 5.75."""
+  recovered = [jnp.asarray([[[1.0, 2.0]]]), jnp.asarray([[[3.0]]])]
+  teacher = [jnp.zeros((1, 1, 2)), jnp.zeros((1, 1, 1))]
+  np.testing.assert_allclose(losses.recalibration(recovered, teacher), 5.75)
+
+
+# Semantic tokens.
+
+
+def test_cells():
+  """Five into two: floor(0), ceil(2.5) is 0 to 2; floor(2.5), ceil(5) is 2 to 4."""
+  rows = stvit.cells((5, 2), 2).reshape(4, 5, 2)
+  assert rows[0, :, 0].tolist() == [True, True, True, False, False] and not rows[0, :, 1].any()
+  assert rows[3, :, 1].tolist() == [False, False, True, True, True] and not rows[3, :, 0].any()
+
+
+@pytest.fixture(scope="module")
+def grid():
+  """CLS and 4 x 4 tokens whose first channel counts from 0."""
+  x = np.concatenate([np.full((1, 1, 4), 100.0), np.arange(16.0)[None, :, None] * [1, -1, 2, 0]], axis=1)
+  return make(np.concatenate([x, x + 1]), prefix=1)
+
+
+@pytest.mark.parametrize("pool, seeds", [("max", [5, 7, 13, 15]), ("avg", [2.5, 4.5, 10.5, 12.5])])
+def test_stvit_begins_as_pooling(grid, pool, seeds):
+  """2 x 2 cells of a 4 x 4 grid: of 0, 1, 4, 5 the largest is 5 and the mean 2.5; LayerScale 0 refines nothing."""
+  reducer = stvit.STViT(pool=pool, layer_scale=0.0)
+  params = begin(reducer, grid, 5) | {"offset": jnp.ones((4, 4))}
+  out, _ = both(reducer, grid, 5, {"params": params})
+  np.testing.assert_allclose(out.x[0, :, 0], [100, *(np.asarray(seeds) + 1)], rtol=1e-6)
+  assert out.owner[0, :5].tolist() == [0, 1, 1, 2, 2] and out.owner[0, -1] == 4
+  np.testing.assert_allclose(out.size[0], [1, 4, 4, 4, 4], rtol=1e-6)
+
+
+def test_stvit_refines_by_attention(grid):
+  """Queries of zero attend evenly to the seeds and the image: the mean of LN over both, through identities."""
+  reducer = stvit.STViT(pool="avg", layer_scale=0.0)
+  params = begin(reducer, grid, 5)
+  first = params["refine1"]
+  attend = jax.tree.map(jnp.zeros_like, first["attn"])
+  attend["value"]["kernel"], attend["out"]["kernel"] = jnp.eye(4)[:, None], jnp.eye(4)[None]
+  params = params | {"offset": jnp.zeros((4, 4)), "refine1": first | {"attn": attend, "scale1": jnp.ones(4)}}
+  out, _ = both(reducer, grid, 5, {"params": params})
+  image = np.asarray(grid.x[0, 1:])
+  seeds = image.reshape(2, 2, 2, 2, 4).mean((1, 3)).reshape(4, 4)
+  every = np.concatenate([seeds, image])
+  norm = (every - every.mean(1, keepdims=True)) / np.sqrt(every.var(1, keepdims=True) + 1e-6)
+  np.testing.assert_allclose(out.x[0, 1:], seeds + norm.mean(0), atol=1e-5)
+
+
+def test_stvit_follows_positions(grid):
+  """Tokens that have moved are pooled where they came from."""
+  reducer = stvit.STViT()
+  variables = {"params": begin(reducer, grid, 5)}
+  order = np.concatenate([[0], 1 + np.random.default_rng(0).permutation(16)])
+  moved = grid.replace(x=grid.x[:, order], position=grid.position[:, order])
+  straight, turned = (run(reducer, tokens, 5, variables=variables)[0] for tokens in (grid, moved))
+  np.testing.assert_allclose(turned.x, straight.x, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", stvit.POOLS)
+def test_stvit_of_dead_tokens(grid, pool):
+  """What the dead hold changes nothing, a cell without a living token has a finite value, and so have gradients."""
+  reducer = stvit.STViT(pool=pool)
+  variables = {"params": begin(reducer, grid, 5)}
+  alive = np.arange(17) < 9  # the upper half of the grid
+  spoilt = [grid.replace(mask=jnp.tile(alive, (2, 1)), x=jnp.where(alive[:, None], grid.x, v)) for v in (0, jnp.nan)]
+
+  def total(variables, tokens, x):
+    out, _ = reducer.apply(variables, tokens.replace(x=x), 5, train=False, mode="mask")
+    return jnp.square(out.x).sum(), out
+
+  program = jax.jit(jax.value_and_grad(total, (0, 2), has_aux=True), compiler_options=quick())
+  ((_, clean), _), ((_, out), slopes) = (program(variables, tokens, tokens.x) for tokens in spoilt)
+  np.testing.assert_array_equal(out.x, clean.x)
+  np.testing.assert_array_equal(out.owner[0], [0, 1, 1, 2, 2, 1, 1, 2, 2, *[-1] * 8])
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((out.x, out.size, slopes)))
+
+
+def test_stvit_errors(grid):
+  init = functools.partial(stvit.STViT().init, jax.random.key(0), train=False, mode="gather")
+  with pytest.raises(
+    ValueError, match=r"keep=7 must be a square and the prefix tokens: 17 tokens .* 4 x 4 and 1 other"
+  ):
+    init(grid, 7)
+  with pytest.raises(ValueError, match="must be a Python int"):
+    init(grid, jnp.int32(5))
+  with pytest.raises(ValueError, match=r"sites.s.pool='mean' is not a pooling"):
+    model("public_vit", dict(s=dict(reducer="stvit", layers=(1,), keep=17, pool="mean")))
+
+
+def test_stvit_in_a_model():
+  """A quarter of 64 patches is 4 x 4; of 0.3, 19, the next square below is 16 too."""
+  for keep in (0.25, 0.3, 17):
+    module = model("public_vit", dict(semantic=dict(reducer="stvit", layers=(2,), keep=keep)))
+    assert module.sites.counts() == (65, 65, 17, 17, 17, 17)
+  init = functools.partial(module.init_with_output, jax.random.key(0), mode="mask")
+  out, _ = jax.eval_shape(init, jnp.zeros((2, 64, 64, 3)))
+  assert out.tokens.x.shape == (2, 65, 96)

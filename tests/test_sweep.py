@@ -1,0 +1,140 @@
+"""tokred.sweep: two methods at one budget on a model of seconds, going on, and what it writes."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+import tokred
+from tokred import sharding, sweep
+from tokred.config import default
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from configs import sweep as recipe_file
+
+
+def config(**overrides):
+  c = recipe_file.get_config("dataset=digits,runlocal")
+  c.dense.model.update(dict(variant="mu/1", width=16, depth=3, num_heads=2, mlp_dim=32, image_size=(4, 4)))
+  c.dense.data.update(dict(train_split="train[:48]", eval_split="test[:32]", pad_crop=0))
+  c.dense.eval.batch_size = 32
+  c.calibrate.update(dict(split="train[:16]", batch_size=16))
+  c.bench.update(dict(batch_size=2, rounds=1))
+  c.update(dict(budgets=(0.9,), seeds=(0,)) | overrides)
+  return c.lock()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+  with pytest.MonkeyPatch.context() as patch:
+    real = sharding.make_mesh
+    patch.setattr(sharding, "make_mesh", lambda mesh, devices=None: real(mesh, devices or jax.devices()[:1]))
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("sweep")
+  return workdir, sweep.run(config(methods=("dense", "tome", "evit")), workdir)
+
+
+def test_a_row_a_run(swept):
+  workdir, rows = swept
+  assert [(row["method"], row["budget"], row["seed"]) for row in rows] == [
+    ("dense", 1.0, 0), ("tome", 0.9, 0), ("evit", 0.9, 0),
+  ]  # fmt: skip
+  dense, tome, evit = rows
+  assert dense["share"] == 1.0 and dense["counts"] == "17 17 17"
+  for row in (tome, evit):
+    assert 0.85 < row["share"] <= 0.9 and row["gflops"] < dense["gflops"] and row["speedup"] > 0
+    assert row["counts"].startswith("17 ") and 0 <= row["accuracy"] <= 1 and row["images_per_second"] > 0
+  assert (tome["trained"], tome["steps"], evit["trained"], evit["steps"]) == (0, 0, 1, 2)
+  assert len(list((workdir / "runs").iterdir())) == 1  # ToMe was only evaluated
+  with (workdir / "results.csv").open() as file:
+    assert [row["method"] for row in csv.DictReader(file)] == ["dense", "tome", "evit"]
+  for name in ("accuracy_gflops.png", "accuracy_speed.png"):
+    with Image.open(workdir / name) as picture:
+      assert picture.format == "PNG"
+  assert not list(workdir.glob(".*"))
+
+
+def test_finished_runs_are_skipped_and_others_added(swept, monkeypatch):
+  workdir, rows = swept
+  trained = []
+  monkeypatch.setattr(sweep, "train", lambda c, w: trained.append(Path(w).name))
+  again = sweep.run(config(methods=("tome", "evit")), workdir)
+  assert trained == ["dense"] and again == rows  # which is a run like any other, and finished
+  (folder,) = (workdir / "runs").iterdir()
+  assert json.loads((folder / "summary.json").read_text())["accuracy"] == rows[2]["accuracy"]
+  added = sweep.run(config(methods=("tome",), budgets=(0.8,)), workdir)
+  assert added[:3] == rows and added[3]["budget"] == 0.8
+
+
+def test_the_table():
+  common = dict(gflops=0.5, share=0.6, counts="65 30", images_per_second=900.0, speedup=1.5, device="cpu, 2 cores")
+  row = lambda method, seed, accuracy, **more: (  # noqa: E731
+    common | dict(method=method, budget=0.6, seed=seed, accuracy=accuracy, trained=1, batch_size=8) | more
+  )
+  rows = [row("evit", 1, 0.97), row("dense", 0, 0.98, trained=0, budget=1.0), row("evit", 0, 0.95)]
+  title, _, head, _, evit, dense = sweep.table(rows).splitlines()
+  assert "cpu, 2 cores, batch 8" in title and head.startswith("| method | budget | trained | seeds | accuracy |")
+  # mean of 95 and 97 is 96; the sample deviation is sqrt(((95-96)^2 + (97-96)^2) / 1) = 1.41
+  assert evit == "| evit | 0.6 | yes | 2 | 96.00 ± 1.41 | -2.00 | 0.5 | 0.600 | 65 30 | 900 | 1.50 |"
+  assert dense.startswith("| dense | 1 | no | 1 | 98.00 | +0.00 |")
+
+
+def test_plan_trains_over_seeds_and_evaluates_once():
+  c = config(seeds=(0, 1), budgets=(0.8, 0.9))
+  assert sweep.plan(c, ["dense", "tome", "dense+tuned"]) == [
+    ("dense", 1.0, 0), ("tome", 0.8, 0), ("tome", 0.9, 0), ("dense+tuned", 1.0, 0), ("dense+tuned", 1.0, 1),
+  ]  # fmt: skip
+  assert len(sweep.plan(c, ["evit", "tome+tuned"])) == 8
+
+
+def test_learned_rates_have_the_budget_as_their_target():
+  c = sweep.recipe(config(), "diffrate", 0.9, 3, "somewhere")
+  assert (c.loss.target, c.loss.budget, c.train.mode, c.seed, c.init) == (0.9, 20.0, "mask", 3, "somewhere")
+  assert 1 <= c.rates.freeze_step < 2 and "keep" not in c.sites.tokens
+
+
+def test_methods_without_a_reducer_are_left_out_or_named():
+  c = config()
+  with c.unlocked():
+    c.table["later"] = ConfigDict(dict(sites=dict(tokens=dict(reducer="nothing", layers="stages"))))
+    c.table["score"] = ConfigDict(dict(sites=dict(tokens=dict(reducer="topk", score="none", layers="stages"))))
+  names = sweep.methods(c)
+  assert names[0] == "dense" and {"tome", "evit", "diffrate"} < set(names) and not {"later", "score"} & set(names)
+  for name, missing in (("later", "reducer 'nothing'"), ("score", "score 'none'")):
+    with c.unlocked():
+      c.methods = (name,)
+    with pytest.raises(ValueError, match=f"config.methods: '{name}' needs {missing}, which is not registered"):
+      sweep.methods(c)
+  with c.unlocked():
+    c.methods = ("evitt+tuned",)
+  with pytest.raises(ValueError, match=r"'evitt\+tuned' is not a method of config.table; did you mean 'evit'"):
+    sweep.methods(c)
+
+
+def test_one_failed_run_leaves_the_others(swept, capsys):
+  workdir, rows = swept
+  with pytest.raises(ValueError, match=r"tome at 0.1, seed 0: ValueError: .*cannot go down to budget=0.1"):
+    sweep.run(config(methods=("tome", "dense"), budgets=(0.1,)), workdir)
+  assert "sweep: tome at 0.1" in capsys.readouterr().err
+  assert sweep.read(workdir / "results.csv")[0] == rows[0]
+
+
+def test_every_method_with_its_reducer_builds():
+  c = recipe_file.get_config("dataset=digits")
+  for name in sweep.methods(c):
+    made = sweep.recipe(c, name, 0.6, 0)
+    model = tokred.build(made)
+    assert made.to_dict().keys() == default().to_dict().keys()
+    if model.mode == "gather" and name != "dense":
+      assert 0.5 < model.macs / tokred.build(c.dense).macs <= 0.6, name

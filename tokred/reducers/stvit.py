@@ -1,0 +1,128 @@
+"""STViT: a few semantic tokens for the whole grid, cluster seeds refined by attention.
+
+(Chang et al., 2023, arXiv:2303.08685)  The authors' released code is of the variant on Swin; this follows it on a ViT.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from tokred.config import nearest
+from tokred.reducers.base import Reducer, register
+from tokred.reducers.sit import seats
+from tokred.reducers.transforming import transform
+from tokred.tokens import Array, Tokens, take
+
+POOLS = ("max", "avg")
+
+
+def cells(grid: tuple[int, int], side: int) -> np.ndarray:
+  """Who is in which cell of an adaptive pooling: (side^2, h w) bool.
+
+  Along an axis of n, cell i holds floor(i n / side) to ceil((i + 1) n / side) - 1: cells overlap where side does not
+  divide n.
+  """
+
+  def along(n: int) -> np.ndarray:
+    i, at = np.arange(side)[:, None], np.arange(n)
+    return (at >= i * n // side) & (at < -(-(i + 1) * n // side))
+
+  rows, columns = (along(n) for n in grid)
+  return np.einsum("ah,bw->abhw", rows, columns).reshape(side * side, grid[0] * grid[1])
+
+
+class Refine(nn.Module):
+  """s <- s + g1 MHA(LN(s), LN([s, x]));  s <- s + g2 MLP(LN(s)), with LayerScale g.
+
+  (B, K, D) and (B, N, D) to (B, K, D), float32.
+  """
+
+  num_heads: int
+  layer_scale: float
+
+  @nn.compact
+  def __call__(self, s: Array, x: Array, free: Array) -> Array:
+    """free: (B, N) bool, the image tokens that may be attended to."""
+    width = s.shape[-1]
+    norm = lambda name: nn.LayerNorm(epsilon=1e-6, name=name)  # noqa: E731
+    scale = lambda name: self.param(name, nn.initializers.constant(self.layer_scale), (width,), jnp.float32)  # noqa: E731
+    both = norm("norm_keys")(jnp.concatenate([s, x], axis=1))
+    mask = jnp.concatenate([jnp.ones(s.shape[:2], bool), free], axis=1)[:, None, None]
+    attend = nn.MultiHeadDotProductAttention(self.num_heads, name="attn")
+    s = s + scale("scale1") * attend(norm("norm1")(s), both, mask=mask)
+    h = nn.gelu(nn.Dense(4 * width, name="fc1")(norm("norm2")(s)), approximate=False)
+    return s + scale("scale2") * nn.Dense(width, name="fc2")(h)
+
+
+@register("stvit")
+class STViT(Reducer):
+  """K semantic tokens, K a square: s = pool(x) to sqrt(K) x sqrt(K);  s <- Refine(s, x);  s <- Refine(s + G, x).
+
+  G (K, D) is learned, a global offset of each cluster.  `keep` counts the prefix tokens too, which pass unchanged and
+  stand first: 17 with CLS gives 16.  A source token is owned by the (first) cell that it was pooled into, whose share
+  of the sizes is even.  The authors' recovery attends from image tokens that this reducer does not keep; a recovering
+  reducer of another file brings the grid back.
+  """
+
+  conserves: ClassVar[bool] = False  # made by attention, not by averaging
+  idles: ClassVar[bool] = False
+  places: ClassVar[tuple[str, ...]] = ("after", "before", "output")
+
+  grid: tuple[int, ...] = ()  # (rows, columns) of the input; (): the largest square that fits.  The rest is prefix
+  pool: str = "max"  # max, avg
+  num_heads: int = 0  # 0: heads of 64 channels
+  layer_scale: float = 1e-5
+
+  def count(self, keep: float, n: int, protected: int, source: int) -> int:
+    return math.isqrt(math.floor(keep * (n - protected))) ** 2 + protected  # the next square below
+
+  def fewest(self, n: int, protected: int) -> int:
+    return protected + 1
+
+  def needed(self) -> tuple[str, ...]:
+    if self.pool not in POOLS:
+      raise ValueError(f"pool={self.pool!r} is not a pooling; {nearest(self.pool, POOLS)}")
+    if len(self.grid) not in (0, 2):
+      raise ValueError(f"grid={self.grid} must be (rows, columns), or () for a square")
+    return ()
+
+  def macs(self, n: float, width: int, num_heads: int) -> float:
+    return 4 * n * width * width  # keys and values, twice; what few queries cost is left out
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
+    source, width = tokens.owner.shape[1], tokens.x.shape[-1]
+    grid = tuple(self.grid) or (math.isqrt(source),) * 2
+    prefix = source - grid[0] * grid[1]
+    if not isinstance(keep, int):
+      raise ValueError(f"keep={keep} must be a Python int: the tokens are a grid of cells")
+    side = math.isqrt(max(keep - prefix, 0))
+    if prefix < 0 or side < 1 or prefix + side * side != keep:
+      raise ValueError(
+        f"keep={keep} must be a square and the prefix tokens: {source} tokens at the input are a grid of "
+        f"{grid[0]} x {grid[1]} and {prefix} others; set grid or keep"
+      )
+    free = tokens.alive & ~tokens.protected
+    x = jnp.where(tokens.alive[..., None], tokens.x, 0).astype(jnp.float32)
+    # Cells by position, so that tokens may have moved, merged or gone before.
+    place = jnp.clip(tokens.position - prefix, 0, grid[0] * grid[1] - 1)
+    member = jnp.asarray(cells(grid, side).T)[place].swapaxes(1, 2) & free[:, None]  # (B, K, N)
+    share = member / jnp.maximum(member.sum(-1, keepdims=True), 1)
+    if self.pool == "avg":
+      s = jnp.einsum("bkn,bnd->bkd", share, x, precision="highest")
+    else:
+      s = jnp.where(member[..., None], x[:, None], -jnp.inf).max(2)
+      s = jnp.where(member.any(-1)[..., None], s, 0.0)
+    heads = self.num_heads or max(width // 64, 1)
+    s = Refine(heads, self.layer_scale, name="refine1")(s, x, free)
+    offset = self.param("offset", nn.initializers.normal(0.02), (side * side, width), jnp.float32)
+    s = Refine(heads, self.layer_scale, name="refine2")(s + offset, x, free)
+
+    out = transform(tokens, *seats(tokens, share, keep, mode))
+    count = out.protected.sum(1, keepdims=True)
+    slot = jnp.arange(out.x.shape[1]) - count
+    soft = take(s, jnp.clip(slot, 0, s.shape[1] - 1)).astype(out.x.dtype)
+    return out.replace(x=jnp.where((out.alive & (slot >= 0))[..., None], soft, out.x)), {}

@@ -1,0 +1,136 @@
+"""Alarms: signs in the metrics that learned reduction has collapsed, each with what to try.
+
+Methods that learn what to drop fail in silence: the loss is finite, and the selector has stopped selecting.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from tokred.layout import Sites, Spot
+from tokred.nn.vit import Output, ViT
+
+PATIENCE = 3  # reports in a row before an alarm is raised: a router that starts at zero has no choice yet
+NEARLY = 0.98
+
+
+class Alarms:
+  """Remembers what was seen, so that each alarm is raised once, after `PATIENCE` reports in a row."""
+
+  def __init__(self, sites: Sites):
+    self.sites, self._seen = sites, dict[str, int]()
+
+  def new(self, metrics: Mapping[str, float]) -> list[str]:
+    """The messages that are due after this report of metrics."""
+    found = collapsed(self.sites, metrics)
+    self._seen = {name: self._seen.get(name, 0) + 1 for name in found}
+    return [text for name, text in found.items() if self._seen[name] == PATIENCE]
+
+
+def collapsed(sites: Sites, metrics: Mapping[str, float]) -> dict[str, str]:
+  """What looks collapsed in one report: {name: message}.
+
+  Args:
+    sites: of the model that trains.
+    metrics: by name; read are `counts/<spot>` and `overlap/<spot>`.
+  """
+  spots = [spot for spot in sites.spots if f"counts/{label(spot)}" in metrics]
+  counts = {spot: metrics[f"counts/{label(spot)}"] for spot in spots}
+  learned = [spot for spot in spots if spot.rate == "learned"]
+  out = {f"selector/{label(spot)}": text for spot in spots if (text := selector(spot, counts[spot]))}
+  out |= {f"router/{label(s)}": text for s in spots if (text := router(s, metrics.get(f"overlap/{label(s)}")))}
+  out |= {f"rate/{label(s)}": text for s in learned if (text := rate(s, counts[s], sites.stack.depth))}
+  if learned and (text := rates_idle(learned, [counts[spot] for spot in learned])):
+    out["rate"] = text
+  return out
+
+
+def selector(spot: Spot, count: float) -> str:
+  """A selector that decides by itself how many stay, and keeps all or none; "" where it does not.
+
+  Args:
+    spot: where.
+    count: tokens that it lets through, mean over images, protected ones counted.
+  """
+  if spot.rate not in ("fixed", "threshold") or spot.protected + 1 >= spot.keep:
+    return ""
+  free = spot.arriving - spot.protected
+  kept, wanted = (count - spot.protected) / free, (spot.keep - spot.protected) / free
+  if kept >= NEARLY and wanted < 0.9:
+    return (
+      f"{label(spot)} keeps all its tokens, where {spot.keep} of {spot.arriving} are wanted; try a larger "
+      "config.loss.keep_ratio (global_ratio), a higher learning rate for it (config.optim.multipliers), or a higher "
+      "temperature"
+    )
+  if kept <= 1 - NEARLY:
+    return (
+      f"{label(spot)} keeps none of its tokens, where {spot.keep} of {spot.arriving} are wanted; try a larger "
+      "config.loss.keep_ratio (global_ratio), a lower learning rate for it (config.optim.multipliers), "
+      "config.optim.clip_groups, or to hold it at the start (config.optim.freeze_until)"
+    )
+  return ""
+
+
+def router(spot: Spot, overlap: float | None) -> str:
+  """A router that takes the same tokens of every image; "" where it does not.
+
+  Args:
+    spot: where.
+    overlap: of `overlaps`; None: not known.
+  """
+  share = (spot.keep - spot.protected) / max(spot.arriving - spot.protected, 1)
+  if overlap is None or overlap < NEARLY or share > 0.9:
+    return ""
+  return (
+    f"{label(spot)} takes the same tokens of every image ({overlap:.0%} in common): its choice does not depend on the "
+    "input; try a higher learning rate for it (config.optim.multipliers), less weight decay on it "
+    "(config.optim.no_decay), gate='sigmoid', or config.loss.router=0.01"
+  )
+
+
+def rate(spot: Spot, count: float, depth: int) -> str:
+  """A learned rate that has gone down to its smallest count; "" where it has not.
+
+  In the last block that is no collapse: what stays there is read by nobody but the head.
+  """
+  if spot.layer >= depth - 1 or count > spot.protected + spot.candidates[-1]:
+    return ""
+  return (
+    f"the rate of {label(spot)} is at its lower bound, {count:.0f} tokens: what comes behind it has nothing left to "
+    "decide; try a lower learning rate for rates (config.optim.multipliers), a smaller config.loss.budget, a larger "
+    "config.loss.target, or a site that begins later"
+  )
+
+
+def rates_idle(spots: Sequence[Spot], counts: Sequence[float]) -> str:
+  """Learned rates that let every token through, all of them; "" where one does not."""
+  if any(count < spot.arriving for spot, count in zip(spots, counts, strict=True)):
+    return ""
+  return (
+    f"learned rates are at their upper bound: all {spots[0].arriving} tokens pass everywhere; try a larger "
+    "config.loss.budget, a config.loss.target below 1, or a higher learning rate for rates (config.optim.multipliers)"
+  )
+
+
+def overlaps(module: ViT, output: Output) -> dict[str, jax.Array]:
+  """How much of a router's choice two images of the batch have in common, by `overlap/<spot>`.
+
+  With p_j the share of images whose token j is chosen, it is sum p_j^2 / sum p_j over the tokens that had a choice to
+  be made: 1 where all images agree, the capacity where they choose independently.  Only for routers that tokens reach
+  in the order of the input.
+  """
+  out, moved = {}, False
+  for spot in module.sites.spots:
+    chosen = output.aux.get(f"reduce/{spot.site}/chosen", {}).get(spot.index)
+    if chosen is not None and not moved and chosen.shape[0] > 1:
+      free = output.aux[f"reduce/{spot.site}/free"][spot.index]
+      p = jnp.where(free, chosen, False).mean(0, dtype=jnp.float32)
+      out[f"overlap/{label(spot)}"] = jnp.square(p).sum() / jnp.maximum(p.sum(), 1e-6)
+    moved = moved or not module.sites.scoped(spot)
+  return out
+
+
+def label(spot: Spot) -> str:
+  """Name of a spot in metrics, as `tokred.evaluate.counts_by_site` gives it."""
+  return f"{spot.site}/{spot.layer}" + ("" if spot.child == spot.site else f"/{spot.reducer}")
