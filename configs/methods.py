@@ -73,8 +73,13 @@ METHODS: dict[str, dict[str, Any]] = {
   "transforming": _one("transforming"),
   "evit": _one("topk", fuse=True, tune=True),
   "evit_drop": _one("topk", tune=True),
-  "mctf": _one("mctf", "every", tune=True) | dict(loss=dict(consistency=3.0)),
-  "sit": _one("sit", "once", tune=True),
+  "mctf": _one("mctf", "every", tune=True)
+  | dict(loss=dict(full_cross_entropy=1.0, consistency=3.0, confidence=0.4, less=3)),  # less: 7 where 197 tokens come
+  "sit": dict(
+    sites=dict(slim=dict(reducer="sit", layers="once"), back=dict(reducer="sit_reverse", layers="behind")),
+    loss=dict(distill_logits=2.0, recalibration=2.0),
+    tune=True,
+  ),
   "stvit": _one("stvit", "once", tune=True),
   # Rates
   "topk_merge": _one(("topk", "diffrate_merge"), "every", tune=True),
@@ -89,11 +94,13 @@ METHODS: dict[str, dict[str, Any]] = {
   # Routers
   "mod": _one("router", "alternate", tune=True, place="around"),
   "dyt": _one("dyt", "all", tune=True, hidden=8)
-  | dict(loss=dict(global_ratio=2.0, full_cross_entropy=1.0, full_distill=1.0), train=dict(mode="mask")),
-  "skipvit": _one("skipvit", "once", tune=True),
+  | dict(loss=dict(global_ratio=2.0, full_cross_entropy=1.0, full_distill=1.0, less=0), train=dict(mode="mask")),
+  "skipvit": _one("topk", "once", tune=True, place="around", until=-2),
   "spa": _one("spa", "alternate", tune=True) | dict(train=dict(mode="mask")),
   # Recovery
-  "hot": _one("hot", "once", tune=True),
+  "hot": dict(
+    sites=dict(prune=dict(reducer="dpcknn", layers="once"), back=dict(reducer="recover", place="output")), tune=True
+  ),
   "clca": _one("clca", tune=True),
 }
 
@@ -108,5 +115,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
   config = recipe(sweep.get_config(rest), args.method, args.budget, args.seed)
   if args.runlocal:
-    config.loss.update({name: 0.0 for name in config.loss if name.startswith("distill_")})  # there is no teacher
+    config.loss.update(
+      {name: 0.0 for name in config.loss if name.startswith(("distill_", "recalib"))}
+    )  # there is no teacher
   return config

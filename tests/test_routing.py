@@ -1,5 +1,7 @@
 """Tokens that halt or go round: A-ViT, DyT, scopes over several blocks, against the authors' code or by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,12 @@ import optax
 import pytest
 from golden import MODES, backbone, forward, model, needs_golden, quick, recorded, reported
 
+import tokred
 from tokred import config as defaults
 from tokred import losses
 from tokred import tokens as tk
 from tokred.nn import vit
-from tokred.reducers.dyt import DyT, dispatch
+from tokred.reducers.dyt import dispatch
 
 SMALL = dict(variant="mu/4", width=16, depth=4, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=3)
 
@@ -162,3 +165,34 @@ def test_scope_over_several_blocks():
 def test_scope_errors(sites, words):
   with pytest.raises(ValueError, match=words):
     vit.make(defaults.complete({"model": SMALL}).model, sites)
+
+
+def test_learned_threshold_trains_freezes_and_ships():
+  site = dict(reducer="topk", score="token_norm", layers=(1, 2), rate="learned_threshold", threshold=4.0, softness=1.0)
+  module, params, images = small(dict(cut=site))
+  value = lambda p, i: p[f"block_{i}"]["reduce"]["cut"]["rate"]["value"]  # noqa: E731
+
+  def loss(params, target):
+    output = module.apply({"params": params}, images, train=True, mode="mask", rngs={"dropout": jax.random.key(0)})
+    return losses.budget(losses.macs(module, output), losses.dense_macs(module), target), output
+
+  (_, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=quick())(params, 0.3)
+  assert value(grads, 1) < 0 and value(grads, 2) < 0  # a higher threshold costs less
+  counts = np.asarray(output.tokens.alive.sum(1))
+  assert (counts < 17).any()
+  full = defaults.complete(dict(model=SMALL, sites=dict(cut=site)))
+  frozen = tokred.freeze(dataclasses.replace(tokred.build(full), params=params))
+  assert frozen.config.sites.cut.rate == "threshold" and "rate" not in frozen.params["block_1"].get("reduce", {})
+  shipped = frozen.inspect(images)
+  np.testing.assert_array_equal(shipped.tokens.alive.sum(1), counts)
+  np.testing.assert_allclose(shipped.features, output.features, atol=1e-5)
+
+
+def test_freeze_drops_what_only_training_uses():
+  sites = dict(slim=dict(reducer="sit", layers=(1,), keep=0.5), back=dict(reducer="sit_reverse", layers=(2, 3)))
+  full = defaults.complete(dict(model=SMALL, sites=sites))
+  model = tokred.build(full).init()
+  frozen = tokred.freeze(model)
+  assert list(frozen.config.sites) == ["slim"] and "reduce" not in frozen.params["block_3"]
+  images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+  np.testing.assert_allclose(frozen(images).tokens.x, model(images).tokens.x, atol=1e-6)

@@ -28,6 +28,7 @@ LAYERS: dict[str, Callable[[int], list[tuple[int, ...]]]] = {
   "every": lambda depth: [tuple(range(1, depth)), tuple(range(depth))],  # all but the first
   "stages": lambda depth: [tuple(sorted({max(1, depth * i // 4) for i in (1, 2, 3)}))],
   "once": lambda depth: [(max(1, depth // 4),), (1,), (0,)],
+  "behind": lambda depth: [tuple(range(max(1, depth // 4) + 1, depth)), tuple(range(2, depth)), tuple(range(1, depth))],
   "alternate": lambda depth: [  # every second block, two of three, all but the first
     tuple(range(1, depth, 2)),
     tuple(layer for layer in range(1, depth) if layer % 3),

@@ -122,6 +122,7 @@ def default() -> ConfigDict:
       global_ratio=0.0,  # squared distance of the kept share of all selectors together from their mean keep rate
       ponder=0.0,  # layers that a token runs through, where tokens halt
       halting_prior=0.0,  # KL of when they halt from a Gaussian around `halting_depth`
+      recalibration=0.0,  # squared distance of SiT's recovered tokens from the teacher's
       consistency=0.0,  # squared distance of the pooled feature from that of a less reduced pass
       full_cross_entropy=0.0,  # cross-entropy of the less reduced pass itself
       full_distill=0.0,  # KL to its logits, which learn nothing from it

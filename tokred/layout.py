@@ -40,6 +40,7 @@ class Spot:
   until: int = -1  # around: the block behind which those that went round are back
   granularity: int = 1
   threshold: float = 0.0
+  softness: float = 0.1
   proportional: bool = False
 
   @property
@@ -137,7 +138,7 @@ class Sites:
 
   def masked(self, layer: int, mode: str) -> bool:
     """Whether attention of this layer may meet dead tokens: in gather mode only where images keep different counts."""
-    ragged = lambda spot: spot.rate == "threshold" or spot.type.ragged  # noqa: E731
+    ragged = lambda spot: spot.rate.endswith("threshold") or spot.type.ragged  # noqa: E731
     return any(mode == "mask" or ragged(spot) for spot in self._before(layer))
 
   def proportional(self, layer: int, mode: str) -> bool:

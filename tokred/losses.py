@@ -178,6 +178,10 @@ def terms(
   if config.halting_prior:
     halting = {spot.layer: value for spot, value in reports("halting").items()}
     out["halting_prior"] = halting_prior([halting[layer] for layer in sorted(halting)], config.halting_depth)
+  if config.recalibration:
+    recovered, prefix = reports("recovered"), module.shape.num_prefix_tokens
+    taught = [teacher.aux[f"tokens/{spot.layer}"][:, prefix:] for spot in recovered]
+    out["recalibration"] = recalibration(list(recovered.values()), taught)
   if config.consistency:
     sure = jnp.sum(jax.nn.softmax(output.logits) * (target > 0), -1) > config.confidence if config.confidence else None
     out["consistency"] = consistency(output.features, full.features, sure)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -148,8 +148,9 @@ def freeze(model: Model) -> Model:
   Raises:
     ValueError: the model has no parameters.
   """
+  model = _without_heads(model)
   spots = model.module.sites.spots
-  learned = [index for index, spot in enumerate(spots) if spot.rate == "learned"]
+  learned = [index for index, spot in enumerate(spots) if spot.rate in rates.LEARNED]
   if not learned:
     return model
   if model.params is None:
@@ -165,7 +166,23 @@ def freeze(model: Model) -> Model:
     by_slot = tuple(tuple(kept[name][slot::slots]) for slot in range(slots))
     keep = {"keep": by_slot if slots > 1 else by_slot[0]}
     config["sites"][name] = {field: value for field, value in site.items() if field not in gone} | keep
+    if site.get("rate") == "learned_threshold":
+      values = [float(_rate(model, spot)["value"]) for spot in spots if spot.site == name]
+      config["sites"][name] |= {"rate": "threshold", "threshold": tuple(values)}
   return dataclasses.replace(build(config), params=drop_rates(model.params))
+
+
+def _without_heads(model: Model) -> Model:
+  """The model without what only training uses: sites of auxiliary heads, and such parts of reducers."""
+  spots = model.module.sites.spots
+  heads = {spot.child for spot in spots if spot.type.training_only}
+  parts = {name for spot in spots for name in spot.type.training_params}
+  if not heads | parts:
+    return model
+  gone = {spot.site for spot in spots if spot.type.training_only}
+  sites = {name: site for name, site in model.config.sites.to_dict().items() if name not in gone}
+  params = drop(model.params, lambda path: "reduce" in path[:-1] and path[-1] in heads | parts)
+  return dataclasses.replace(build(model.config.to_dict() | {"sites": sites}), params=params)
 
 
 def _frozen_counts(model: Model) -> list[int]:
@@ -176,7 +193,7 @@ def _frozen_counts(model: Model) -> list[int]:
     for spot in spots:
       count = spot.keep
       if spot.rate == "learned":
-        logits = jnp.asarray(_at(model.params, f"block_{spot.layer}", "reduce", spot.child, "rate", "logits"))
+        logits = jnp.asarray(_rate(model, spot)["logits"])
         count = int(rates.kept_count(logits, spot.candidates)) + spot.protected
         count = max(round(count / multiple) * multiple, spot.module().fewest(n, spot.protected))
       n = count if spot.type.recovers else min(n, count)
@@ -187,15 +204,20 @@ def _frozen_counts(model: Model) -> list[int]:
   return out
 
 
+def _rate(model: Model, spot: Spot) -> Any:
+  """Parameters of a spot's rate."""
+  block = model.params[f"block_{spot.layer}"] if spot.layer >= 0 else model.params
+  return block["reduce"][spot.child]["rate"]
+
+
 def drop_rates(params: Any) -> Any:
-  """The tree without logits of rates, and without the branches that held nothing else."""
+  """The tree without parameters of rates, and without the branches that held nothing else."""
+  return drop(params, lambda path: path[-1] == "rate" and "reduce" in path)
+
+
+def drop(params: Any, unwanted: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> Any:
+  """The tree without the branches whose path is unwanted, and without those that held nothing else."""
   if not isinstance(params, Mapping):
     return params
-  kept = {name: drop_rates(value) for name, value in params.items() if not (name == "rate" and "logits" in value)}
+  kept = {name: drop(value, unwanted, (*path, name)) for name, value in params.items() if not unwanted((*path, name))}
   return {name: value for name, value in kept.items() if not (isinstance(value, Mapping) and not value)}
-
-
-def _at(tree: Any, *path: str) -> Any:
-  for name in path:
-    tree = tree[name]
-  return tree

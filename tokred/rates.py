@@ -14,7 +14,8 @@ from flax import struct
 
 from tokred.tokens import Array, Tokens, straight_through
 
-RATES = ("fixed", "scheduled", "learned", "threshold")
+RATES = ("fixed", "scheduled", "learned", "threshold", "learned_threshold")
+LEARNED = ("learned", "learned_threshold")
 
 
 def tome_schedule(r: int | float | Sequence[float], depth: int) -> list[int]:
@@ -124,6 +125,7 @@ class LearnedThreshold(nn.Module):
 
   initial: float = 0.0
   temperature: float = 0.1
+  capacity: int = 0  # no more than so many tokens are ever wanted; 0: all
 
   @nn.compact
   def __call__(self, tokens: Tokens, score: Array) -> tuple[Array, Array]:

@@ -11,10 +11,13 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
   keep         share (float, of the unprotected tokens that arrive) or number (int, protected ones counted) of tokens
                that come out; one for all layers, or a tuple with one a layer; for a tuple of reducers a tuple of these
   r            instead of keep: tokens removed in each layer, or (r, inflection), or a tuple with one a layer
-  rate         fixed, scheduled (keep falls from 1), learned (distribution over counts), threshold (by score)
+  rate         fixed, scheduled (keep falls from 1), learned (distribution over counts), threshold (by score) or
+               learned_threshold
   granularity  learned: step between candidate counts
   schedule     scheduled: (first step, last step) of the fall
-  threshold    threshold: the smallest score that stays; keep is then the capacity
+  threshold    threshold: the smallest score that stays (a tuple: one a layer); keep is then the capacity; of a
+               learned_threshold where it starts
+  softness     learned_threshold: temperature of the sigmoid that lets it learn
   proportional log(size) biases attention from here on; the reducer's own rule where it is not given
 
 Every other field is an option of the reducer, that is a field of its class.
@@ -34,7 +37,7 @@ from tokred.reducers import base
 from tokred.tokens import Array, Tokens
 
 FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold")
-FIELDS += ("proportional", "until")
+FIELDS += ("proportional", "until", "softness")
 PLACED = frozenset({"layer", "depth"})  # fields of a reducer that its site fills in
 
 
@@ -80,9 +83,13 @@ class Step(nn.Module):
       keep = keeps[spot.site][spot.index]
     if spot.rate == "threshold":
       keep = rates.Threshold(spot.threshold, spot.keep)
+    if spot.rate == "learned_threshold":
+      keep = rates.LearnedThreshold(spot.threshold, spot.softness, spot.keep, name="rate")
     if mode == "gather" and spot.idle and keeps is None and not self.is_initializing():
       return tokens, {"count": jnp.asarray(keep, jnp.float32)}  # nothing is ranked, matched or moved
     tokens, report = reducer(tokens, keep, train=train, mode=mode)
+    if "count" in report:
+      return tokens, report
     static = spot.rate != "threshold" and "kept_share" not in report and not spot.type.ragged
     count = jnp.asarray(keep, jnp.float32) if static else tokens.mask.astype(jnp.float32).sum(1).mean()
     return tokens, report | {"count": count}
@@ -188,7 +195,7 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(f"{field}.rate={rate!r} is not a rate; {nearest(rate, rates.RATES)}")
   if rate == "learned" and (("keep" in site) or ("r" in site)):
     raise ValueError(f"{field}.keep is learned: drop the field, or set {field}.rate='fixed'")
-  if not any(cls.idles for cls in classes):  # these act on all tokens, and need not be told how many
+  if rate == "learned_threshold" or not any(cls.idles for cls in classes):  # these need not be told how many
     site.setdefault("keep", 1.0 if len(names) == 1 else (1.0,) * len(names))
   if rate != "learned" and ("keep" in site) == ("r" in site):
     raise ValueError(f"{field} needs exactly one of keep (share or number of tokens) and r (tokens removed)")
@@ -200,27 +207,38 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(
       f"{field}.rate='scheduled' needs one reducer, keep as a share, and schedule=(first step, last step)"
     )
-  if rate in ("learned", "threshold") and not all(issubclass(cls, base.Planner) for cls in classes):
+  if rate in ("learned", "threshold", "learned_threshold") and not all(
+    issubclass(cls, base.Planner) for cls in classes
+  ):
     raise ValueError(f"{field}.rate={rate!r} needs reducers that write plans; {names} do not")
-  if rate == "threshold" and not all(cls.scored for cls in classes):
-    raise ValueError(f"{field}.rate='threshold' needs reducers that score each token; {names} do not")
+  if rate.endswith("threshold") and not all(cls.scored for cls in classes):
+    raise ValueError(f"{field}.rate={rate!r} needs reducers that score each token; {names} do not")
   if rate == "learned" and place not in ("before", "ahead", "attn", "after"):
     raise ValueError(f"{field}.rate='learned' is not available at place={place!r}; valid: before, ahead, attn, after")
   if place == "ahead" and len(names) > 1:
     raise ValueError(f"{field}.reducer={names}: one reducer can act ahead of attention; name one, or set place='attn'")
   until = site.get("until")
   if until is not None and not (
-    place == "around" and len(layers) == 1 and type(until) is int and layers[0] <= until < stack.depth
+    place == "around"
+    and len(layers) == 1
+    and type(until) is int
+    and layers[0] <= until % stack.depth
+    and -stack.depth <= until < stack.depth
   ):
     raise ValueError(
       f"{field}.until={until!r} is the last block of a scope: it needs place='around', one layer, and a block from "
-      f"that layer to {stack.depth - 1}"
+      f"that layer to {stack.depth - 1}, or counted from the end"
     )
   options = _options(field, site, names, classes)
   common = dict(site=name, place=place, rate=rate, granularity=site.get("granularity", 1))
-  common["threshold"] = site.get("threshold", 0.0)
-  if isinstance(common["threshold"], bool) or not isinstance(common["threshold"], (int, float)):
-    raise ValueError(f"{field}.threshold={common['threshold']!r} must be a number: the smallest score that stays")
+  thresholds = site.get("threshold", 0.0)
+  thresholds = tuple(thresholds) if isinstance(thresholds, (tuple, list)) else (thresholds,) * len(layers) * len(names)
+  numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in thresholds)
+  if not numbers or len(thresholds) != len(layers) * len(names):
+    raise ValueError(f"{field}.threshold={site['threshold']!r} must be a number: the smallest score that stays")
+  common["softness"] = site.get("softness", 0.1)
+  if not (isinstance(common["softness"], float) and common["softness"] > 0):
+    raise ValueError(f"{field}.softness={common['softness']!r} must be a float above 0")
   if not (isinstance(common["granularity"], int) and common["granularity"] >= 1):
     raise ValueError(f"{field}.granularity={common['granularity']!r} must be an int of at least 1")
   drafts = []
@@ -232,7 +250,8 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
       placed = {"layer": stack.depth if layer < 0 else layer, "depth": stack.depth}
       given = tuple((k, v) for k, v in placed.items() if k in PLACED & _fields(cls))
       draft = dict(common, slot=slot, layer=layer, reducer=reducer, child=child, options=options[slot] + given)
-      draft["until"] = layer if until is None else until
+      draft["threshold"] = float(thresholds[where * len(names) + slot])
+      draft["until"] = layer if until is None else until % stack.depth
       drafts.append(dict(draft, keep=keep, r=removed, proportional=proportional))
       for need in cls(**dict(draft["options"])).needed():
         if need == "cls_attention" and not stack.has_cls:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tokred.config import nearest
-from tokred.rates import Threshold
+from tokred.rates import LearnedThreshold, Threshold
 from tokred.tokens import Array, Plan, Tokens, average_weight, compact, fold, inverse, rank
 
 REGISTRY: dict[str, type["Reducer"]] = {}
@@ -114,12 +114,18 @@ class Planner(Reducer):
   def __call__(
     self, tokens: Tokens, keep: Any, *, train: bool, mode: str, survival: Array | None = None
   ) -> tuple[Tokens, dict[str, Array]]:
-    """See Reducer; `keep` may also be a Threshold, and `survival` is a learned rate's view of each rank (see fold)."""
+    """See Reducer; `keep` may also be a threshold, and `survival` is a learned rate's view of each rank (see fold)."""
     train = train and mode == "mask"
+    if isinstance(keep, LearnedThreshold):
+      _, report = self.plan(tokens, keep.capacity, train=False)
+      gate, count = keep(tokens, report["score"])
+      plan, report = self.plan(tokens, jnp.minimum(count, keep.capacity).astype(jnp.int32), train=False)
+      plan = plan.replace(gate=gate) if train else plan
+      return _ragged(tokens, plan, keep.capacity, mode), report | {"count": count.mean()}
     if isinstance(keep, Threshold):
       _, report = self.plan(tokens, keep.capacity, train=False)
       plan, report = self.plan(tokens, keep.count(tokens, report["score"]), train=False)
-      return finish(tokens, plan, keep.capacity, mode, survival), report
+      return _ragged(tokens, plan, keep.capacity, mode), report
     plan, report = self.plan(tokens, keep, train=train)
     return finish(tokens, plan, keep, mode, survival), report
 
@@ -133,6 +139,11 @@ def finish(tokens: Tokens, plan: Plan, keep: Any, mode: str, survival: Array | N
     stay = jnp.arange(plan.order.shape[1], dtype=plan.order.dtype)
     plan = plan.replace(order=jnp.where(gone.any(1, keepdims=True), plan.order, stay))
   return fold(tokens, plan, survival=survival)
+
+
+def _ragged(tokens: Tokens, plan: Plan, capacity: int, mode: str) -> Tokens:
+  """Carries out a plan whose counts differ between images: also at full capacity some tokens are dead."""
+  return compact(tokens, plan, min(capacity, tokens.x.shape[1])) if mode == "gather" else fold(tokens, plan)
 
 
 def ranks(tokens: Tokens, score: Array) -> Array:

@@ -14,12 +14,13 @@ from tokred.reducers.base import Planner, merge_into, num_kept, register
 from tokred.reducers.tome import interleave, unit
 from tokred.tokens import Array, Plan, Tokens, best, inverse, rank, take
 
+TINY = 1e-12  # attention that nobody pays is not divided by
 POOLING = ("attention", "size", "mean")
 
 
 def scarcity(value: Array, alive: Array) -> Array:
   """1 / value, the largest of each row scaled to 1; (B, N) float32, 1 where dead."""
-  inverted = jnp.where(alive, 1.0 / jnp.where(alive, value.astype(jnp.float32), 1.0), 0.0)
+  inverted = jnp.where(alive, 1.0 / jnp.where(alive, jnp.maximum(value, TINY), 1.0), 0.0)
   return jnp.where(alive, inverted / inverted.max(1, keepdims=True), 1.0)
 
 
@@ -62,7 +63,7 @@ class MCTF(Planner):
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     n, alive = tokens.x.shape[1], tokens.alive
     index = jnp.arange(n, dtype=jnp.int32)
-    attention = jax.lax.stop_gradient(tokens.feats["column_mean"])
+    attention = jnp.maximum(jax.lax.stop_gradient(tokens.feats["column_mean"]), TINY)
     score = self.scores(tokens, attention)  # (B, Na, Nb)
     source, target = index[::2], index[1::2]
     removed = alive.sum(1, keepdims=True) - num_kept(tokens, keep)  # r

@@ -50,7 +50,7 @@ def check_reducer(module: base.Reducer | type[base.Reducer], *, laws: Sequence[i
     if number not in known:
       raise ValueError(f"laws has {number!r}; valid: {known[0]} to {known[-1]}")
   for need in module.needed():
-    if need not in attention.FEATURES:
+    if need not in attention.FEATURES and need != "update":
       raise ValueError(f"needed() has {need!r}; {config_lib.nearest(need, attention.FEATURES)}")
   cases = make_cases(module)
   with registered(type(module)):

@@ -13,7 +13,8 @@ import numpy as np
 from tokred import config as config_lib
 from tokred.nn import attention, vit
 from tokred.reducers import base
-from tokred.tokens import Array, Plan, Tokens, bypass, take
+from tokred.sites import PLACED
+from tokred.tokens import Array, Plan, Tokens, bypass, follow
 
 BATCH, NUM, WIDTH, HEADS = 8, 17, 16, 2  # of the tokens; the micro ViT has sizes of its own
 PRIVATE = "check_reducer"  # the name under which a reducer that is not registered enters the micro ViT
@@ -78,9 +79,14 @@ def draw(
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
   mask = np.arange(NUM) < np.asarray(alive)[:, None]
   logits = np.where(mask, rng.normal(size=(BATCH, NUM)), -np.inf)
-  feats = {need: normal(BATCH, NUM, HEADS, WIDTH // HEADS) for need in needed if need != "cls_attention"}
-  if "cls_attention" in needed:
-    feats["cls_attention"] = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
+  feats = {}
+  for need in needed:
+    if need == "update":
+      feats[need] = normal(BATCH, NUM, WIDTH)
+    elif need in ("query", "key", "value"):
+      feats[need] = normal(BATCH, NUM, HEADS, WIDTH // HEADS)
+    else:  # attention that each token receives
+      feats[need] = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
   index = np.broadcast_to(np.arange(NUM), (BATCH, NUM))
   owner = rng.integers(-1, min(alive), (BATCH, NUM)) if earlier else index
   return Tokens(
@@ -123,7 +129,7 @@ class Programs:
 
   def __init__(self, module: base.Reducer):
     self.module, self.traces = module, 0
-    self.around = module.places[0] == "around"
+    self.around = module.places[0] in ("around", "mlp")
 
   @functools.cached_property
   def variables(self) -> Any:
@@ -139,10 +145,11 @@ class Programs:
     if self.around:  # a scope counts the tokens that arrive as its sources
       tokens = tokens.replace(owner=jnp.broadcast_to(jnp.arange(tokens.x.shape[1], dtype=jnp.int32), tokens.mask.shape))
     out, report = self.module.apply(variables, tokens, keep, train=train, mode=mode, rngs=rngs, **kwargs)
+    report.pop("plan", None)  # for the block alone
     if not self.around:
       return Result(out, report, mix(out))
     inner = out.replace(x=mix(out))
-    out = out.replace(owner=jnp.where(source >= 0, take(out.owner, jnp.maximum(source, 0)), -1))
+    out = out.replace(owner=follow(source, out.owner))
     return Result(out, report, bypass(tokens, inner, report.get("update_weight")).x)
 
   @functools.cache  # noqa: B019 (lives as long as one check)
@@ -234,8 +241,8 @@ class ModelCase:
     if self.site is not None:
       return dict(self.site)
     module, place = self.module, self.module.places[0]
-    fields = [f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
-    layers = (0,) if place == "attn" else (1,)  # an attention follows
+    fields = [f.name for f in dataclasses.fields(module) if f.name not in {"parent", "name"} | PLACED]
+    layers = (0,) if place in ("attn", "mlp", "after") else (1,)  # an attention follows
     keep = max(module.fewest(18, 2), 13)
     name = next((name for name, cls in base.REGISTRY.items() if cls is type(module)), PRIVATE)
     return {f: getattr(module, f) for f in fields} | dict(reducer=name, place=place, layers=layers, keep=keep)

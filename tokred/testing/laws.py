@@ -180,7 +180,7 @@ def law_3_tokens(module: base.Reducer, case: Case) -> None:
     same(when + "alive", dirty.tokens.alive, clean.tokens.alive)
     same(when + "owner", dirty.tokens.owner, clean.tokens.owner)
     same(when, state(dirty.tokens), state(clean.tokens), where=clean.tokens.alive)
-    if clean.tokens.mask.dtype == bool or case.programs.around:  # a learned gate lets the dead speak to the gradient
+    if clean.tokens.mask.dtype == bool:  # a learned gate lets the dead speak to the gradient
       where = t.alive if case.programs.around else clean.tokens.alive
       same(when + "after a block", dirty.after, clean.after, where=where)
     whole = [{k: v for k, v in r.report.items() if v.shape[:2] != t.mask.shape} for r in (dirty, clean)]
@@ -200,7 +200,7 @@ def law_3_block(module: base.Reducer, case: ModelCase) -> None:
   def run(value: Array) -> Tokens:
     fill = lambda a: jnp.where(tokens.mask.reshape(a.shape[:2] + (1,) * (a.ndim - 2)), a, value)  # noqa: E731
     spoilt = tokens.replace(x=fill(tokens.x), size=fill(tokens.size), feats=jax.tree.map(fill, tokens.feats))
-    return block.apply({"params": params}, spoilt, None, False, "mask")[0]
+    return block.apply({"params": params}, spoilt, None, None, False, "mask")[0]
 
   clean, dirty = run(1.0), run(jnp.nan)
   same("a block with NaN in dead tokens: alive", dirty.alive, clean.alive)

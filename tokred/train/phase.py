@@ -104,6 +104,7 @@ def _check_sites(config: ConfigDict, module: ViT) -> None:
   spots = module.sites.spots
   by_rate = lambda rate: sorted({spot.site for spot in spots if spot.rate == rate})  # noqa: E731
   learned, scheduled = by_rate("learned"), by_rate("scheduled")
+  costed = sorted({*learned, *by_rate("learned_threshold")})
   if config.train.mode == "gather" and learned:
     raise ValueError(f"config.train.mode='gather' needs integer counts, but the rate of sites {learned} is learned")
   if config.train.mode == "gather" and scheduled:
@@ -116,11 +117,12 @@ def _check_sites(config: ConfigDict, module: ViT) -> None:
       "set it to -1"
     )
   acts = {
-    "budget": (learned, "no site has rate='learned'"),
+    "budget": (costed, "no site has rate='learned' or 'learned_threshold'"),
     "keep_ratio": (spots, "there are no sites"),
     "global_ratio": (spots, "there are no sites"),
     "ponder": ([spot for spot in spots if spot.reducer == "avit"], "no site has reducer='avit'"),
     "halting_prior": ([spot for spot in spots if spot.reducer == "avit"], "no site has reducer='avit'"),
+    "recalibration": ([s for s in spots if s.reducer == "sit_reverse"], "no site has reducer='sit_reverse'"),
     "consistency": (spots, "there are no sites"),
     "full_cross_entropy": (spots, "there are no sites"),
     "full_distill": (spots, "there are no sites"),
@@ -128,6 +130,8 @@ def _check_sites(config: ConfigDict, module: ViT) -> None:
     "distill_logits": (config.teacher or config.init, "neither config.teacher nor config.init names a teacher"),
     "distill_tokens": (config.teacher or config.init, "neither config.teacher nor config.init names a teacher"),
   }
+  if config.loss.recalibration and not (config.teacher or config.init):
+    acts["recalibration"] = acts["distill_tokens"]
   for term, (there, problem) in acts.items():
     if config.loss[term] and not there:
       raise ValueError(f"config.loss.{term}={config.loss[term]} has nothing to act on: {problem}; set it to 0.0")
