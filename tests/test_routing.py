@@ -43,8 +43,8 @@ def small(sites, **fields):
 
 
 def test_avit_with_a_capacity_cuts_who_has_halted_most():
-  # h = sigmoid(0 x - 0) = 1/2: with eps 0.01 the sum is 1/2, 1, so every token stops in the second block; 10 of 17 go on
-  # behind the first.  CLS: output = x_1 / 2 + x_2 / 2.
+  # h = sigmoid(0 x - 0) = 1/2: with eps 0.01 the sum is 1/2, 1, so every token stops in the second block; 10 of 17 go
+  # on behind the first.  CLS: output = x_1 / 2 + x_2 / 2.
   halt = dict(reducer="avit", layers=(0, 1, 2, 3), scale=0.0, center=0.0, keep=(10, 10, 10, 10))
   module, params, images = small(dict(halt=halt))
   outs = {}

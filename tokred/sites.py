@@ -207,9 +207,8 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(
       f"{field}.rate='scheduled' needs one reducer, keep as a share, and schedule=(first step, last step)"
     )
-  if rate in ("learned", "threshold", "learned_threshold") and not all(
-    issubclass(cls, base.Planner) for cls in classes
-  ):
+  plans = all(issubclass(cls, base.Planner) for cls in classes)
+  if not plans and (rate in rates.LEARNED or rate == "threshold"):
     raise ValueError(f"{field}.rate={rate!r} needs reducers that write plans; {names} do not")
   if rate.endswith("threshold") and not all(cls.scored for cls in classes):
     raise ValueError(f"{field}.rate={rate!r} needs reducers that score each token; {names} do not")

@@ -28,8 +28,10 @@ class CrossAttention(nn.Module):
     dense = lambda name: nn.DenseGeneral((heads, x.shape[-1] // heads), name=name)  # noqa: E731
     q, k, v = dense("query")(queries), dense("key")(x), dense("value")(x)
     logits = jnp.einsum("shd,bnhd->bhsn", q, k, precision="highest") * q.shape[-1] ** -0.5
-    weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))) * gate[:, None, None]
-    weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    alive = (gate > 0)[:, None, None]
+    logits = logits - jax.lax.stop_gradient(jnp.where(alive, logits, -jnp.inf).max(-1, keepdims=True))
+    weight = jnp.exp(jnp.where(alive, logits, jnp.minimum(logits, 0.0))) * gate[:, None, None]
+    weight = weight / weight.sum(-1, keepdims=True)
     out = jnp.einsum("bhsn,bnhd->bshd", weight, v, precision="highest")
     return nn.DenseGeneral(x.shape[-1], axis=(-2, -1), name="out")(out)
 
@@ -64,10 +66,8 @@ class Recover(Reducer):
     x = (tokens.x if learned else jnp.where(tokens.mask[..., None], tokens.x, 0)).astype(jnp.float32)
     batch, source = tokens.owner.shape
     e = self.param("queries", nn.initializers.normal(0.02), (source, x.shape[-1]), jnp.float32)
-    gate = tokens.mask.astype(jnp.float32)
-    if not learned:  # the largest logit shall be that of a living key: the dead are zeros, not garbage
-      gate = jax.lax.stop_gradient(gate)
-    out = (e + CrossAttention(self.num_heads, name="attn")(e, x, gate)).astype(tokens.x.dtype)
+    update = CrossAttention(self.num_heads, name="attn")(e, x, tokens.mask.astype(jnp.float32))
+    out = (e + update).astype(tokens.x.dtype)
     own = own_places(tokens)
     out = jnp.where(own[..., None], restore(tokens.x, tokens.owner), out)
     index = jnp.broadcast_to(jnp.arange(source, dtype=jnp.int32), (batch, source))
