@@ -15,7 +15,7 @@ ROOMS = [  # from the bottom; a room may import those below it, not its neighbou
   {"nn"},
   {"losses", "pretrained", "sharding", "checkpoint", "model"},
   {"data"},
-  {"evaluate", "export", "bench", "viz", "calibrate"},
+  {"evaluate", "export", "bench", "viz", "calibrate", "probe"},
   {"loading"},
   {"train"},
   {"demo", "testing", "sweep"},

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -187,6 +188,11 @@ class Attention(nn.Module):
     return self.proj(heads)
 
 
+def gelu(x: Array) -> Array:
+  """Exact GELU.  jax.nn.gelu asks for erfc, which takes three times as long on CPU and differs by 1e-7."""
+  return 0.5 * x * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
+
+
 class Mlp(nn.Module):
   """Two layers with an exact GELU between them."""
 
@@ -196,7 +202,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     h = nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(nn.gelu(h, approximate=False))
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(gelu(h))
 
 
 @struct.dataclass

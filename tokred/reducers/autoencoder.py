@@ -25,10 +25,10 @@ class Layers(nn.Module):
     """alive: (B, N) bool."""
     width, mask = x.shape[-1], alive[:, None, None]
     for i in range(self.layers):
-      norm = lambda name, i=i: nn.LayerNorm(epsilon=1e-6, name=f"{name}_{i}")
       attend = nn.MultiHeadDotProductAttention(self.num_heads or max(width // 64, 1), name=f"attn_{i}")
-      x = x + attend(norm("norm1")(x), mask=mask)
-      h = nn.gelu(nn.Dense(4 * width, name=f"fc1_{i}")(norm("norm2")(x)), approximate=False)
+      x = x + attend(nn.LayerNorm(epsilon=1e-6, name=f"norm1_{i}")(x), mask=mask)
+      h = nn.Dense(4 * width, name=f"fc1_{i}")(nn.LayerNorm(epsilon=1e-6, name=f"norm2_{i}")(x))
+      h = nn.gelu(h, approximate=False)
       x = x + nn.Dense(width, name=f"fc2_{i}")(h)
     return x
 

@@ -1,4 +1,7 @@
-"""HoT's recovery: learned queries, one a source token, bring the full length back.  (Li et al., 2024, arXiv:2311.12028)"""
+"""HoT's recovery: one learned query for each source token brings the full length back.
+
+(Li et al., 2024, arXiv:2311.12028)
+"""
 
 from typing import Any, ClassVar
 
