@@ -11,7 +11,7 @@ from golden import MODES, backbone, forward, model, needs_golden, quick, recorde
 
 import tokred
 from tokred import config as defaults
-from tokred import losses
+from tokred import losses, sites
 from tokred import tokens as tk
 from tokred.nn import vit
 from tokred.reducers.dyt import dispatch
@@ -196,3 +196,41 @@ def test_freeze_drops_what_only_training_uses():
   assert list(frozen.config.sites) == ["slim"] and "reduce" not in frozen.params["block_3"]
   images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
   np.testing.assert_allclose(frozen(images).tokens.x, model(images).tokens.x, atol=1e-6)
+
+
+def test_predictor_learns_the_choice_and_makes_it():
+  # Loss of a fresh predictor by hand: BCE of its logits against top-C, mean over the 16 free tokens of each image.
+  module, params, images = small(dict(mod=dict(reducer="router", layers=(1,), keep=9, predictor=0.5)))
+  run = jax.jit(lambda p, train: module.apply({"params": p}, images, train=train, mode="mask"), static_argnums=1)
+  trained, shipped = run(params, True), run(params, False)
+  predicted = np.asarray(reported(shipped, "mod", "score")[0])
+  for output, score in ((trained, reported(trained, "mod", "score")[0]), (shipped, predicted)):
+    chosen = np.asarray(reported(output, "mod", "chosen")[0])[:, 1:]
+    assert (chosen.sum(1) == 8).all()
+    assert (np.where(chosen, score[:, 1:], np.inf).min(1) >= np.where(chosen, -np.inf, score[:, 1:]).max(1)).all()
+  chosen = np.asarray(reported(trained, "mod", "chosen")[0])
+  wanted = 0.5 * np.mean(np.where(chosen, np.log1p(np.exp(-predicted)), np.log1p(np.exp(predicted)))[:, 1:], axis=1)
+  np.testing.assert_allclose(reported(trained, "mod", "loss_predictor")[0], wanted, rtol=1e-5)
+  named = losses.terms(defaults.default().loss, module, trained, jax.nn.one_hot(jnp.asarray([0, 1]), 3), None, None)
+  np.testing.assert_allclose(named["reduce/mod/loss_predictor"], wanted.mean(), rtol=1e-5)
+
+
+def test_annealed_temperature():
+  # From 4 to 1 over 10 steps: 4 (1/4)^0.5 = 2 half way.  The gate's slope scales with 1 / temperature.
+  select = dict(reducer="dyt", layers=(1,), keep=0.5, hidden=4, anneal=(("temperature", 4.0, 1.0, 0, 10),))
+  module, params, images = small(dict(route=select))
+  assert sites.annealed(module.sites.spots, 5) == {"route.temperature": 2.0}
+  assert [sites.annealed(module.sites.spots, step)["route.temperature"] for step in (0, 10, 99)] == [4.0, 1.0, 1.0]
+
+  def share(params, keeps):
+    rngs = {"reduce": jax.random.key(3)}
+    output = module.apply({"params": params}, images, train=True, mode="mask", keeps=keeps, rngs=rngs)
+    return reported(output, "route", "kept_share")[0].mean()
+
+  slope = jax.jit(jax.grad(share), compiler_options=quick())
+  bias = lambda t: float(
+    slope(params, {"route.temperature": jnp.float32(t)})["block_1"]["reduce"]["route"]["dyt"]["dispatcher"]["bias"][0]
+  )  # noqa: E501, E731
+  assert 0 < 100 * bias(100.0) < 1.1 * 0.25 and bias(2.0) > bias(100.0)  # sigmoid' <= 1/4
+  with pytest.raises(ValueError, match="is no number among the options"):
+    small(dict(route=dict(select, anneal=(("warmth", 1.0, 2.0, 0, 1),))))

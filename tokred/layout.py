@@ -41,6 +41,7 @@ class Spot:
   granularity: int = 1
   threshold: float = 0.0
   softness: float = 0.1
+  anneal: tuple[tuple[Any, ...], ...] = ()  # (option, from, to, first step, last step), ...
   proportional: bool = False
 
   @property

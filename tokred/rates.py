@@ -41,6 +41,12 @@ def cosine_keep(keep: float, step: float, begin: float, end: float) -> float:
   return keep + (1.0 - keep) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def geometric(step: float, start: float, stop: float, begin: float, end: float) -> float:
+  """From `start` at step `begin` to `stop` at step `end`, by the same factor in every step."""
+  progress = min(max((step - begin) / max(end - begin, 1), 0.0), 1.0)
+  return start * (stop / start) ** progress
+
+
 def candidates(patches: int, granularity: int) -> tuple[int, ...]:
   """Counts that a learned rate chooses among, descending: patches - granularity k, as long as positive."""
   return tuple(range(patches, 0, -granularity))

@@ -18,6 +18,8 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
   threshold    threshold: the smallest score that stays (a tuple: one a layer); keep is then the capacity; of a
                learned_threshold where it starts
   softness     learned_threshold: temperature of the sigmoid that lets it learn
+  anneal       ((option, from, to, first step, last step), ...): an option of the reducer, such as a temperature, that
+               goes geometrically from one value to the other while training
   proportional log(size) biases attention from here on; the reducer's own rule where it is not given
 
 Every other field is an option of the reducer, that is a field of its class.
@@ -37,7 +39,7 @@ from tokred.reducers import base
 from tokred.tokens import Array, Tokens
 
 FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold")
-FIELDS += ("proportional", "until", "softness")
+FIELDS += ("proportional", "until", "softness", "anneal")
 PLACED = frozenset({"layer", "depth"})  # fields of a reducer that its site fills in
 
 
@@ -55,6 +57,12 @@ def scheduled(sites: Mapping[str, Mapping[str, Any]], stack: Stack, step: int) -
   return {name: tuple(spot.keep for spot in spots if spot.site == name) for name in moving}
 
 
+def annealed(spots: Sequence[Spot], step: int) -> dict[str, float]:
+  """Options that move at an optimiser step, by "<site>.<option>"; an input of the model, beside the counts."""
+  moving = {(spot.site, entry) for spot in spots for entry in spot.anneal}
+  return {f"{site}.{option}": rates.geometric(step, *path) for site, (option, *path) in moving}
+
+
 class Step(nn.Module):
   """One spot: asks the rate how many, and the reducer who."""
 
@@ -67,7 +75,9 @@ class Step(nn.Module):
     spot = self.spot
     if spot.type.training_only and not (train or self.is_initializing()):
       return tokens, {"count": jnp.asarray(tokens.x.shape[1], jnp.float32)}
-    reducer = spot.module(name=spot.reducer)
+    keeps = {} if keeps is None else keeps
+    options = {option: keeps[key] for option, *_ in spot.anneal if (key := f"{spot.site}.{option}") in keeps}
+    reducer = spot.module(**options, name=spot.reducer)
     if spot.rate == "learned":
       if mode == "gather":
         raise ValueError(
@@ -79,13 +89,13 @@ class Step(nn.Module):
       )
       return tokens, report | {"count": count}
     keep = spot.keep
-    if keeps is not None and spot.site in keeps:
+    if spot.site in keeps:
       keep = keeps[spot.site][spot.index]
     if spot.rate == "threshold":
       keep = rates.Threshold(spot.threshold, spot.keep)
     if spot.rate == "learned_threshold":
       keep = rates.LearnedThreshold(spot.threshold, spot.softness, spot.keep, name="rate")
-    if mode == "gather" and spot.idle and keeps is None and not self.is_initializing():
+    if mode == "gather" and spot.idle and spot.site not in keeps and not self.is_initializing():
       return tokens, {"count": jnp.asarray(keep, jnp.float32)}  # nothing is ranked, matched or moved
     tokens, report = reducer(tokens, keep, train=train, mode=mode)
     if "count" in report:
@@ -240,6 +250,7 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(f"{field}.softness={common['softness']!r} must be a float above 0")
   if not (isinstance(common["granularity"], int) and common["granularity"] >= 1):
     raise ValueError(f"{field}.granularity={common['granularity']!r} must be an int of at least 1")
+  common["anneal"] = _anneal(field, site, names, classes)
   drafts = []
   for where, layer in enumerate(layers):
     for slot, (reducer, cls) in enumerate(zip(names, classes, strict=True)):
@@ -287,6 +298,20 @@ def _options(field: str, site: dict, names: tuple[str, ...], classes: list[type]
     except ValueError as error:
       raise ValueError(f"{field}.{error}") from None
   return options
+
+
+def _anneal(field: str, site: dict, names: tuple[str, ...], classes: list[type]) -> tuple[tuple[Any, ...], ...]:
+  """Options that move while training, validated."""
+  entries = tuple(tuple(entry) for entry in site.get("anneal", ()))
+  options = {f.name for cls in classes for f in dataclasses.fields(cls) if type(f.default) is float}
+  for entry in entries:
+    if not (len(entry) == 5 and all(isinstance(v, (int, float)) for v in entry[1:]) and min(entry[1:3]) > 0):
+      raise ValueError(f"{field}.anneal={entries} must hold (option, from, to, first step, last step), values above 0")
+    if len(names) > 1 or entry[0] not in options:
+      raise ValueError(
+        f"{field}.anneal: {entry[0]!r} is no number among the options of {names}; valid: {sorted(options)}"
+      )
+  return entries
 
 
 def _values(field: str, site: dict, slot: int, slots: int, where: int, layers: int) -> tuple[Any, Any]:

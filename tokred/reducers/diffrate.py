@@ -3,6 +3,8 @@
 (Chen et al., 2023, arXiv:2305.17997)  The prune half is `topk`; both sites have a learned rate.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -12,6 +14,33 @@ from tokred import scores
 from tokred.reducers.base import Planner, finish, merge_into, num_kept, ranks, register
 from tokred.reducers.tome import unit
 from tokred.tokens import Array, Plan, Tokens, best, inverse, take
+
+
+SCHEDULES = {  # the authors' for DeiT-S at 224: tokens that stay after pruning and after merging, block by block
+  "deit_s_2.3g": (
+    (197, 192, 168, 143, 121, 105, 92, 74, 62, 45, 33, 3),
+    (197, 180, 156, 127, 109, 98, 80, 66, 52, 37, 31, 3),
+  ),
+  "deit_s_2.9g": (
+    (197, 196, 190, 168, 150, 139, 129, 117, 99, 78, 58, 3),
+    (197, 194, 176, 156, 141, 133, 121, 107, 88, 64, 56, 3),
+  ),
+}
+
+
+def site(prune: Sequence[int], merge: Sequence[int]) -> dict[str, Any]:
+  """The site of a released schedule: `config.sites.rates = site(*SCHEDULES["deit_s_2.9g"])`.
+
+  Args:
+    prune: tokens that stay after pruning in each block, CLS counted; more than arrive take nothing away.
+    merge: likewise after merging.
+  """
+  left, kept = math.inf, ([], [])
+  for pair in zip(prune, merge, strict=True):
+    for counts, count in zip(kept, pair, strict=True):
+      left = min(left, count)
+      counts.append(int(left))
+  return dict(reducer=("topk", "diffrate_merge"), layers=tuple(range(len(prune))), keep=tuple(map(tuple, kept)))
 
 
 @register("diffrate_merge")

@@ -73,11 +73,13 @@ class Phase:
     return init_state(params, self.optimizer, self.config.optim.ema)
 
   def keeps(self, step: int) -> dict[str, np.ndarray] | None:
-    """Counts of scheduled sites at a step, an input of the compiled step."""
-    if not self.scheduled:
-      return None
-    counts = tokred_sites.scheduled(self.config.sites.to_dict(), self.module.sites.stack, step)
-    return {name: np.asarray(values, np.int32) for name, values in counts.items()}
+    """What moves at a step, an input of the compiled step: counts of scheduled sites, options that are annealed."""
+    now = {}
+    if self.scheduled:
+      now = tokred_sites.scheduled(self.config.sites.to_dict(), self.module.sites.stack, step)
+      now = {name: np.asarray(values, np.int32) for name, values in now.items()}
+    options = tokred_sites.annealed(self.module.sites.spots, step)
+    return now | {name: np.float32(value) for name, value in options.items()} or None
 
 
 def check(config: ConfigDict) -> None:

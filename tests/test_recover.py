@@ -1,0 +1,262 @@
+"""The autoencoder's selector, what brings tokens back, and the probe that reads the map."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from golden import MODES, quick
+
+import tokred
+from tokred import probe
+from tokred import tokens as tk
+from tokred.model import forward
+from tokred.reducers import autoencoder, clca, recover
+
+SMALL = dict(variant="mu/4", width=16, depth=3, num_heads=2, mlp_dim=32, image_size=(16, 16), channels=1)
+SMALL |= dict(num_classes=10)
+
+
+def make(x, *, prefix=0, alive=None):
+  tokens = tk.start(jnp.asarray(x, jnp.float32), prefix)
+  return tokens if alive is None else tokens.replace(mask=jnp.asarray(alive, bool))
+
+
+def build(**sites):
+  data = dict(mean=(0.5,), std=(0.5,), eval_split="test[:20]", train_split="train[:40]")
+  return tokred.build(dict(model=SMALL, sites=sites, data=data, eval=dict(batch_size=40))).init(0)
+
+
+# The autoencoder.
+
+
+def test_autoencoder_loss():
+  """Token 0 is protected.  Squared errors: (1 + 1) / 2 = 1, (0 + 4) / 2 = 2, 0; mean over three 1.  One of three kept.
+
+  share 0.5: 1 + 0.5 max(1/3, 0.5) = 1.25;  share 0.2: 1 + 0.5 / 3 = 1.1667.
+  """
+  z = jnp.zeros((1, 4, 2))
+  again = jnp.asarray([[[9.0, 9.0], [1.0, -1.0], [0.0, 2.0], [0.0, 0.0]]])
+  y, free = jnp.asarray([[1.0, 1.0, 0.0, 0.0]]), jnp.asarray([[False, True, True, True]])
+  out = autoencoder.Autoencoder(parent=None).loss(z, again, y, free)
+  np.testing.assert_allclose([out["loss"][0], out["error"][0], out["kept"][0]], [1.25, 1.0, 1 / 3], rtol=1e-6)
+  out = autoencoder.Autoencoder(share=0.2, parent=None).loss(z, again, y, free)
+  np.testing.assert_allclose(out["loss"], 1 + 0.5 / 3, rtol=1e-6)
+
+
+def test_place_code():
+  """Width 5, two frequencies 1 and 10000^(-1/2) = 0.01: sin 2, sin 0.02, cos 2, cos 0.02, and a zero."""
+  code = autoencoder.place_code(jnp.asarray([[2]]), 5)
+  np.testing.assert_allclose(code[0, 0], [np.sin(2), np.sin(0.02), np.cos(2), np.cos(0.02), 0], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def learned():
+  """A selector that has seen images whose tokens 4 to 7 are always the same, and 0 to 3 never."""
+  reducer = autoencoder.Autoencoder(layers=1, num_heads=1)
+  known = jax.random.normal(jax.random.key(1), (1, 4, 8))
+
+  def draw(key):
+    news = jax.random.normal(key, (16, 4, 8))
+    return make(jnp.concatenate([news, jnp.broadcast_to(known, news.shape)], axis=1))
+
+  params = reducer.init(jax.random.key(0), draw(jax.random.key(0)), 4, train=True, mode="mask")
+  optimizer = optax.adam(1e-2)
+
+  def loss(params, key):
+    data, noise = jax.random.split(key)
+    _, report = reducer.apply(params, draw(data), 4, train=True, mode="mask", rngs={"reduce": noise})
+    return report["loss"].mean()
+
+  def step(state, key):
+    params, moments = state
+    value, grads = jax.value_and_grad(loss)(params, key)
+    updates, moments = optimizer.update(grads, moments)
+    return (optax.apply_updates(params, updates), moments), value
+
+  keys = jax.random.split(jax.random.key(2), 300)
+  (params, _), values = jax.jit(functools.partial(jax.lax.scan, step))((params, optimizer.init(params)), keys)
+  return reducer, params, draw(jax.random.key(3)), values
+
+
+def test_autoencoder_keeps_what_cannot_be_reconstructed(learned):
+  reducer, params, tokens, losses = learned
+  assert losses[-20:].mean() < 0.5 * losses[0]
+  gathered, _ = reducer.apply(params, tokens, 4, train=False, mode="gather")
+  assert (gathered.position < 4).mean() > 0.9  # by chance it is a half
+  assert gathered.x.shape == (16, 4, 8)
+
+
+def test_autoencoder_learns_on_frozen_features(learned):
+  reducer, params, tokens, _ = learned
+
+  def loss(params, x):
+    rngs = {"reduce": jax.random.key(0)}
+    _, report = reducer.apply(params, tokens.replace(x=x), 4, train=True, mode="mask", rngs=rngs)
+    return report["loss"].sum()
+
+  grads, slope = jax.jit(jax.grad(loss, (0, 1)), compiler_options=quick())(params, tokens.x)
+  assert not slope.any()
+  flat = jax.tree_util.tree_leaves_with_path(grads)
+  assert all(np.isfinite(leaf).all() for _, leaf in flat)
+  reached = {str(path[1]) for path, leaf in flat if (leaf != 0).any()}
+  assert reached >= {"['selector']", "['logits']", "['reconstructor']"}
+
+
+def test_autoencoder_freezes_without_its_reconstructor():
+  model = build(pick=dict(reducer="autoencoder", place="output", keep=0.5, layers=(), num_heads=1))
+  frozen = tokred.freeze(model)
+  assert set(model.params["reduce"]["pick"]["autoencoder"]) - set(frozen.params["reduce"]["pick"]["autoencoder"]) == {
+    "reconstructor"
+  }
+  images = jax.random.normal(jax.random.key(0), (2, 16, 16, 1))
+  np.testing.assert_array_equal(frozen(images).logits, model(images).logits)
+  assert frozen(images).tokens.x.shape[1] == 9
+
+
+# HoT's recovery.
+
+QUERIES = np.asarray([[np.sqrt(2) * np.log(3), 0.0], [0.0, 1.0], [0.0, -1.0]], np.float32)
+
+
+def identity(queries):
+  """Parameters of Recover whose projections change nothing."""
+  head = dict(kernel=np.eye(2, dtype=np.float32)[:, None], bias=np.zeros((1, 2), np.float32))
+  out = dict(kernel=np.eye(2, dtype=np.float32)[None], bias=np.zeros(2, np.float32))
+  return {"params": dict(queries=queries, attn=dict(query=head, key=head, value=head, out=out))}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recover(mode):
+  """Keys (1, 0) and (0, 0), of three source tokens; the third token is dead in mask mode, and holds NaN.
+
+  Query 0: logits sqrt(2) ln 3 (1, 0) / sqrt(2) = ln 3, 0: weights 3/4, 1/4; e + (0.75, 0).
+  Queries 1 and 2: logits 0, 0: weights 1/2; (0, 1) + (0.5, 0) and (0, -1) + (0.5, 0).
+  """
+  x = [[[1.0, 0.0], [0.0, 0.0], [np.nan, np.nan]]]
+  tokens = make(x, alive=[[1, 1, 0]]).replace(owner=jnp.asarray([[1, -1, 0]], jnp.int32))
+  if mode == "gather":
+    tokens = jax.tree.map(lambda a: a[:, :2], tokens.replace(owner=tokens.mask)).replace(owner=tokens.owner)
+  out, _ = recover.Recover(num_heads=1).apply(identity(QUERIES), tokens, 3, train=False, mode=mode)
+  want = [[np.sqrt(2) * np.log(3) + 0.75, 0.0], [0.5, 1.0], [0.5, -1.0]]
+  np.testing.assert_allclose(out.x[0], want, rtol=1e-6)
+  assert out.alive.all() and not out.protected.any() and out.size.tolist() == [[1.0, 1.0, 1.0]]
+  assert out.owner.tolist() == out.position.tolist() == [[0, 1, 2]]
+
+
+def test_recover_leaves_the_protected_alone():
+  """Source tokens 0 and 2 are both the protected token 0, which is that of source token 0."""
+  tokens = make([[[5.0, 6.0], [0.0, 0.0]]], prefix=1).replace(owner=jnp.asarray([[0, 1, 0]], jnp.int32))
+  out, _ = recover.Recover(num_heads=1).apply(identity(0 * QUERIES), tokens, 3, train=False, mode="gather")
+  np.testing.assert_allclose(out.x[0], [[5.0, 6.0], [2.5, 3.0], [2.5, 3.0]])
+  assert out.protected.tolist() == [[True, False, False]]
+
+
+def test_recover_teaches_the_gates():
+  """out_0 = sum_j w_j g_j x_j / sum_j w_j g_j with w 3, 1 and g 1, 0: d out_0 / d g_1 = (x_1 - out_0) 1 / 3 = -1/3."""
+  tokens = make([[[1.0, 0.0], [0.0, 0.0]]]).replace(owner=jnp.asarray([[0, 1, 1]], jnp.int32))
+
+  def first(gate):
+    gated = tokens.replace(mask=gate)
+    return recover.Recover(num_heads=1).apply(identity(QUERIES), gated, 3, train=True, mode="mask")[0].x[0, 0, 0]
+
+  np.testing.assert_allclose(jax.grad(first)(jnp.asarray([[1.0, 0.0]])), [[0.0, -1 / 3]], atol=1e-6)
+
+
+def test_recover_in_a_model():
+  """17 tokens, 9 of them in block 1, and 17 again before block 2."""
+  cut = dict(reducer="dpcknn", layers=(1,), place="before", keep=9)
+  model = build(cut=cut, back=dict(reducer="recover", layers=(2,), place="before"))
+  assert model.counts == (17, 9, 17)
+  images = jax.random.normal(jax.random.key(0), (2, 16, 16, 1))
+  masked = forward(model.module, "mask")(model.params, images)
+  out = model(images)
+  np.testing.assert_allclose(masked.tokens.x, out.tokens.x, atol=1e-5)
+  assert out.tokens.x.shape == (2, 17, 16) and (out.tokens.owner == jnp.arange(17)).all()
+
+
+# Cross-layer cache aggregation.
+
+
+def at(layer, **options):
+  return clca.CLCA(layer=layer, depth=7, every=2, parent=None, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_clca(mode):
+  """CLS 10 and patches 1, 3: mean 2 is remembered before block 1.  Before block 2 they are 5 (and 7 is dead): 2 and 5
+  join behind the survivors; of the five source tokens one has gone, so that both find a seat."""
+  tokens = make([[[10.0], [1.0], [3.0], [np.nan], [np.nan]]], prefix=1, alive=[[1, 1, 1, 0, 0]])
+  first, _ = at(1).apply({}, tokens, 3, train=False, mode="mask")
+  np.testing.assert_allclose(first.feats[clca.STATE][0, 0], [[2.0]])
+  later = first.replace(x=jnp.asarray([[[10.0], [5.0], [7.0], [np.nan], [np.nan]]]))
+  later = later.replace(mask=jnp.asarray([[True, True, False, False, False]]))
+  if mode == "gather":
+    later = jax.tree.map(lambda a: a[:, :2], later.replace(owner=later.mask)).replace(owner=later.owner)
+  out, _ = at(2).apply({}, later, 4, train=False, mode=mode)
+  np.testing.assert_allclose(out.x[0, :4, 0], [10.0, 5.0, 2.0, 5.0])
+  assert out.alive[0].tolist() == [True] * 4 + [False] * (mode == "mask")
+  assert out.protected[0, :4].tolist() == [True, False, True, True]
+  assert clca.STATE not in out.feats and (out.owner == tokens.owner).all()
+
+
+def test_clca_counts():
+  """Before blocks 2, 4 and 6 two vectors join, four with CLS; no more tokens than at the input; 5 caches for 6."""
+  assert [at(layer).recovered(9, 17) for layer in (1, 2, 3, 6)] == [9, 11, 9, 11]
+  assert at(2, cache="both").recovered(9, 17) == 13 and at(2).recovered(16, 17) == 17
+  full = make(jnp.ones((1, 3, 1)))
+  out = at(2).apply({}, at(1).apply({}, full, 3, train=False, mode="gather")[0], 3, train=False, mode="gather")[0]
+  assert out.x.shape == (1, 3, 1)
+  last = clca.CLCA(layer=7, depth=8, every=3, parent=None)
+  assert last.apply({}, full, 3, train=False, mode="gather")[0] is full
+  with pytest.raises(ValueError, match="holds 1 vectors before block 2, not 2: the layers of a clca site must be all"):
+    at(2).apply({}, full, 3, train=False, mode="gather")
+  with pytest.raises(ValueError, match="did you mean 'mean'"):
+    at(2, cache="meen").needed()
+
+
+# The probe.
+
+
+def test_segments():
+  """Patches of 2: means 1, 0.25 (not above), 0, 0.5; an image of class 3."""
+  image = np.asarray([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]], np.float32)[None, ..., None]
+  assert probe.segments(image, np.asarray([3]), 2, 0.25).tolist() == [[4, 0, 0, 4]]
+
+
+def test_score():
+  """Class 0: 2 of 3, class 1: 1 of 2, class 2 does not occur: (2/3 + 1/2) / 2; right 3 of 4."""
+  out = probe.score(np.asarray([0, 0, 0, 1]), np.asarray([0, 0, 1, 1]), 3)
+  assert out == {"miou": pytest.approx((2 / 3 + 1 / 2) / 2), "accuracy": 0.75}
+
+
+def test_fit():
+  x = np.concatenate([np.random.default_rng(0).normal(size=(60, 2)) + 8 * i for i in range(3)]).astype(np.float32)
+  weight, bias = probe.fit(x, np.repeat(np.arange(3), 60), 3, 100)
+  assert ((x @ weight + bias).argmax(-1) == np.repeat(np.arange(3), 60)).mean() > 0.98
+
+
+def test_features():
+  """Sources 0 to 3, CLS first; token 1 stands at 1 and represents 2 too; 3 has gone in block 1, with x = (3, 5).
+
+  The final norm takes (3, 5) to (-1, 1).
+  """
+  out = make([[[7.0, 7.0], [1.0, 2.0]]], prefix=1).replace(owner=jnp.asarray([[0, 1, 1, -1]], jnp.int32))
+  aux = {"owner/0": jnp.asarray([[0, 1, 1, 2]]), "tokens/0": jnp.asarray([[[0.0, 0.0], [0.0, 0.0], [3.0, 5.0]]])}
+  aux |= {"owner/1": out.owner, "tokens/1": out.x}
+  norm = dict(scale=jnp.ones(2), bias=jnp.zeros(2))
+  maps = probe.features(tokred.nn.vit.Output(None, (), out, None, aux), norm, 1)
+  np.testing.assert_allclose(maps["restored"][0], [[1, 2], [1, 2], [-1, 1]], atol=1e-5)
+  np.testing.assert_allclose(maps["zeros"][0], [[1, 2], [0, 0], [0, 0]])
+
+
+def test_probe_of_a_model():
+  model = build(merge=dict(reducer="tome", layers=(1,), r=6))
+  out = probe.probe(model, 40, steps=20)
+  assert out.keys() == {"restored", "zeros"}
+  assert all(0 <= value <= 1 for row in out.values() for value in row.values())
+  dense = probe.probe(dataclasses.replace(build(), params=model.params), 40, steps=20)
+  assert dense["restored"] == dense["zeros"]
