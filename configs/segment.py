@@ -6,6 +6,11 @@ A dense model, a reduced one from it, and the probe, which needs no labels but t
   python train.py --config=configs/segment.py:method=hot --workdir=runs/segment_hot --config.init=runs/segment_dense
   python -m tokred.probe --workdir=runs/segment_hot
 
+Expected, mean intersection over union on 360 test images (CPU, seed 0; 3 and 2 minutes on 2 cores): dense 0.898, hot
+0.711 at 61 % of the FLOPs, classifying 99.4 %.  Of the dense checkpoint without training, by last values and owners
+and, in brackets, with zeros for what is no token: topk 0.765 (0.702), dpcknn alone 0.831 (0.736), tome 0.871 (0.666).
+So one cross-attention from learned queries is no match here for remembering where tokens went.
+
 Structural arguments: method (dense; topk drops, tome merges, hot prunes by density peaks and recovers at the end, where
 it learns the dense model's tokens), keep (tokens left of 65, for topk and hot), runlocal.
 """

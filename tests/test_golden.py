@@ -26,6 +26,7 @@ from golden import (
   value_and_grads,
 )
 
+import tokred
 from tokred import cost, losses, pretrained, rates
 from tokred import tokens as tk
 from tokred.nn import attention
@@ -144,10 +145,7 @@ BORDER = 96 * 192  # MACs: the authors count the patch embedding of CLS too
 @pytest.mark.parametrize("name", ["diffrate_eval_a", "diffrate_eval_b", "diffrate_eval_c"])
 def test_diffrate_inference(name, mode):
   arrays, settings = recorded(name)
-  keep = np.minimum.accumulate(np.stack([settings["prune"], settings["merge"]], 1).ravel()).reshape(-1, 2)
-  keep = tuple(tuple(column.tolist()) for column in keep.T)  # a count above what arrives asks for nothing
-  site = dict(reducer=("topk", "diffrate_merge"), layers=tuple(range(6)), keep=keep)
-  module = model("public_vit", dict(reduce=site))
+  module = model("public_vit", dict(reduce=diffrate.site(settings["prune"], settings["merge"])))
   output, blocks = forward(module, backbone("public_vit"), arrays["images"], mode)
   check_forward(arrays, output, blocks, tokens=False)
   check_sources(arrays, blocks, order=False)
@@ -155,6 +153,12 @@ def test_diffrate_inference(name, mode):
   macs = cost.macs(s.sizes(), module.sites.profile(s.width, s.num_heads))
   np.testing.assert_allclose(macs + BORDER, arrays["flops"], rtol=1e-6)
   np.testing.assert_allclose(losses.macs(module, output) + BORDER, arrays["flops"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name, macs", [("deit_s_2.3g", 2.327e9), ("deit_s_2.9g", 2.905e9)])
+def test_released_schedules_cost_what_they_say(name, macs):
+  module = tokred.build(dict(model=dict(variant="S/16"), sites=dict(rates=diffrate.site(*diffrate.SCHEDULES[name]))))
+  np.testing.assert_allclose(module.macs, macs, rtol=5e-4)
 
 
 def close(ours, theirs, name="", floor=1e-9):
@@ -254,6 +258,7 @@ def test_dynamicvit_training(name, monkeypatch):
       ratio_sum=ratio * settings["ratio_divisor"],  # theirs is a sum over selectors, divided later
       cls_kl=losses.distill_logits(output.logits, teacher.logits),
       token_mse=losses.distill_tokens(output.tokens, teacher.tokens.x),
+      token_kl=losses.distill_tokens(output.tokens, teacher.tokens.x, kl=True),
     )
     total = weight["clf"] * parts["cls"] + weight["ratio"] * ratio
     total = total + weight["distill"] * (parts["cls_kl"] + parts["token_mse"])
@@ -279,6 +284,10 @@ def test_dynamicvit_training(name, monkeypatch):
   shares = [share.mean() for share in reported(output, "prune", "kept_share")]
   dynamic = losses.keep_ratio(shares, targets) * settings["ratio_divisor"]
   np.testing.assert_allclose(dynamic, arrays["loss_ratio_sum_dynamic"], rtol=2e-5)
+  other = total + weight["ratio"] * (dynamic - parts["ratio_sum"]) / settings["ratio_divisor"]
+  np.testing.assert_allclose(other, arrays["loss_total_dynamic"], rtol=1e-5)
+  other = total + weight["distill"] * (parts["token_kl"] - parts["token_mse"])
+  np.testing.assert_allclose(other, arrays["loss_total_kltoken"], rtol=1e-5)
 
   for kind, grad in zip(("total", "ratio"), grads, strict=True):
     recorded_here = [n for n in arrays if n.startswith(f"grad_{kind}.score_predictor")]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib.util
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +221,18 @@ def test_clca_counts():
 
 
 # The probe.
+
+
+@pytest.mark.parametrize(("method", "counts", "final"), [("topk", 33, 33), ("tome", 32, 32), ("hot", 33, 65)])
+def test_segment_recipe(method, counts, final):
+  """65 tokens; ToMe takes 11 in each of three blocks."""
+  spec = importlib.util.spec_from_file_location("segment", Path(__file__).parents[1] / "configs" / "segment.py")
+  recipe = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(recipe)
+  sites = tokred.build(recipe.get_config(f"method={method}")).module.sites
+  assert sites.counts()[-1] == counts and sites.profile(64, 2).final == final
+  with pytest.raises(ValueError, match="method='hott' is unknown; valid: dense, topk, tome, hot"):
+    recipe.get_config("method=hott")
 
 
 def test_segments():

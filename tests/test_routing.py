@@ -228,9 +228,11 @@ def test_annealed_temperature():
     return reported(output, "route", "kept_share")[0].mean()
 
   slope = jax.jit(jax.grad(share), compiler_options=quick())
-  bias = lambda t: float(
-    slope(params, {"route.temperature": jnp.float32(t)})["block_1"]["reduce"]["route"]["dyt"]["dispatcher"]["bias"][0]
-  )  # noqa: E501, E731
+
+  def bias(temperature):
+    grads = slope(params, {"route.temperature": jnp.float32(temperature)})
+    return float(grads["block_1"]["reduce"]["route"]["dyt"]["dispatcher"]["bias"][0])
+
   assert 0 < 100 * bias(100.0) < 1.1 * 0.25 and bias(2.0) > bias(100.0)  # sigmoid' <= 1/4
   with pytest.raises(ValueError, match="is no number among the options"):
     small(dict(route=dict(select, anneal=(("warmth", 1.0, 2.0, 0, 1),))))

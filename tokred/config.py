@@ -117,6 +117,7 @@ def default() -> ConfigDict:
       cross_entropy=1.0,  # from here on: weights; a term of weight 0 is not computed
       distill_logits=0.0,  # KL to the teacher's logits
       distill_tokens=0.0,  # squared distance to the teacher's tokens, over survivors
+      distill_tokens_kl=0.0,  # KL to the teacher's tokens, softmax over channels
       keep_ratio=0.0,  # squared distance of each selector's kept share from its keep rate
       budget=0.0,  # squared distance of the cost from `target`, both as shares of the dense cost
       global_ratio=0.0,  # squared distance of the kept share of all selectors together from their mean keep rate

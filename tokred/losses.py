@@ -32,19 +32,25 @@ def distill_logits(logits: Array, teacher: Array, temperature: float = 1.0) -> A
   return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1).mean() * temperature**2
 
 
-def distill_tokens(tokens: Tokens, teacher: Array) -> Array:
-  """Squared distance of the survivors to the teacher's tokens at their original positions.  (DynamicViT)
+def distill_tokens(tokens: Tokens, teacher: Array, kl: bool = False) -> Array:
+  """Distance of the survivors to the teacher's tokens at their original positions.  (DynamicViT)
 
   Args:
     tokens: of the student after the final norm; a survivor of a merge answers for its own place only.
     teacher: (B, S, D) the teacher's tokens after its final norm.
+    kl: KL(teacher || student) of the softmax over channels, as for LV-ViT, instead of the mean squared distance.
 
   Returns:
-    Mean over surviving unprotected tokens of the batch and channels; 0 if none survives.
+    Mean over surviving unprotected tokens of the batch (and channels); 0 if none survives.
   """
   wanted = take(teacher, tokens.position, "gather").astype(jnp.float32)
   kept = (tokens.alive & ~tokens.protected).astype(jnp.float32)
-  distance = jnp.square(tokens.x.astype(jnp.float32) - wanted).mean(-1)
+  x = tokens.x.astype(jnp.float32)
+  if kl:
+    log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(x)
+    distance = jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+  else:
+    distance = jnp.square(x - wanted).mean(-1)
   return jnp.sum(distance * kept) / jnp.maximum(kept.sum(), 1.0)
 
 
@@ -165,6 +171,8 @@ def terms(
     out["distill_logits"] = distill_logits(output.logits, teacher.logits, config.temperature)
   if config.distill_tokens:
     out["distill_tokens"] = distill_tokens(output.tokens, teacher.tokens.x)
+  if config.distill_tokens_kl:
+    out["distill_tokens_kl"] = distill_tokens(output.tokens, teacher.tokens.x, kl=True)
   reports = lambda name: reported(module, output, name)  # noqa: E731
   for name, ratio in (("keep_ratio", keep_ratio), ("global_ratio", global_ratio)):
     if config[name]:

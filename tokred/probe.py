@@ -2,9 +2,9 @@
 
   python -m tokred.probe --workdir=runs/segment
 
-The labels need no download: a patch is the class of its image where its mean intensity exceeds a threshold, and
-background elsewhere.  Printed are, for the dense model and for the reduced one with its tokens brought back to the grid
-in two ways (see `features`), mean intersection over union and accuracy over the patches of the evaluation split.
+A patch is the class of its image where its mean intensity exceeds a threshold, and background elsewhere.  Printed are,
+for the dense model and for the reduced one with its tokens brought back to the grid in two ways (see `features`), mean
+intersection over union and accuracy over the patches of the evaluation split.
 """
 
 import argparse
@@ -30,8 +30,7 @@ def segments(images: np.ndarray, labels: np.ndarray, patch: int, threshold: floa
   """Labels of patches, (B, P) int32: 0 is background, 1 + label the object.
 
   Args:
-    images: (B, height, width, channels) in [0, 1], dark where nothing is.
-    labels: (B,) classes of the images.
+    images: (B, height, width, channels) in [0, 1], dark where nothing is; labels: (B,) their classes.
     patch: side in pixels.
     threshold: mean intensity above which a patch is foreground.
   """
@@ -69,9 +68,7 @@ def fit(x: Array, labels: Array, classes: int, steps: int) -> tuple[Array, Array
   """Softmax regression on standardised features by Adam on all examples at once, from zero: no seed is drawn.
 
   Args:
-    x: (M, D) float32.
-    labels: (M,) int32.
-    classes: how many there are.
+    x: (M, D) float32; labels: (M,) int32, below `classes`.
     steps: of the optimiser; the learning rate falls from 0.05 along a cosine.
 
   Returns:

@@ -101,7 +101,7 @@ class Step(nn.Module):
     if "count" in report:
       return tokens, report
     static = spot.rate != "threshold" and "kept_share" not in report and not spot.type.ragged
-    count = jnp.asarray(keep, jnp.float32) if static else tokens.mask.astype(jnp.float32).sum(1).mean()
+    count = jnp.asarray(keep, jnp.float32) if static else tokens.mask.astype(jnp.float32).sum(1).mean() / tokens.images
     return tokens, report | {"count": count}
 
 

@@ -35,6 +35,11 @@ class Tokens:
     """(B, N) bool."""
     return self.mask > 0
 
+  @property
+  def images(self) -> int:
+    """Images that share a row: 1 unless they are packed."""
+    return self.owner.shape[0] // self.x.shape[0]
+
 
 @struct.dataclass
 class Plan:
@@ -239,18 +244,49 @@ def compact(tokens: Tokens, plan: Plan, k: int, *, form: str | None = None) -> T
   return Tokens(x, mask, size, position, _follow(tokens.owner, plan.owner, place), protected, feats)
 
 
+def pack(tokens: Tokens, goes: Array, slots: int, group: int) -> Tokens:
+  """Gather mode where images keep different counts: those of `group` images in a row, one image behind the other.
+
+  Two images of three tokens, of which 0, 2 and 1 go, in three slots: x = (a0, a2, b1), state/segment = (0, 0, 1) and
+  owner = ((0, -1, 1), (-1, 2, -1)), which is how `restore` brings them back.
+
+  Args:
+    tokens: N tokens of B images, B a multiple of group; what arrives must not be packed.
+    goes: (B, N) bool, alive; no more than `slots` in a row, for the rest is lost.
+    slots: of a row, at most group * N; a Python int.
+    group: images of a row.
+
+  Returns:
+    (B / group, slots) tokens; those that go stand first, the slots behind them are dead.  `owner` is still (B, S): a
+    source token's slot in the row of its image.  Where group > 1, feats["state/segment"] (B / group, slots) int32 says
+    which of the row's images a slot belongs to, -1 for none: attention has to stay within it.
+  """
+  batch, n = goes.shape
+  row = lambda leaf: leaf.reshape(batch // group, group * n, *leaf.shape[2:])  # noqa: E731
+  clean = _silence(tokens.replace(mask=tokens.alive))
+  place = rank((~row(goes)).astype(jnp.int32))
+  order = inverse(place)[:, :slots]
+  place = jnp.where(goes, place.reshape(batch, n), -1)
+  moved = (clean.x, goes, clean.size, clean.position, clean.protected, clean.feats)
+  x, mask, size, position, protected, feats = jax.tree.map(lambda leaf: take(row(leaf), order), moved)
+  if group > 1:
+    feats = feats | {"state/segment": jnp.where(mask, order // n, -1)}
+  return Tokens(x, mask, size, position, follow(tokens.owner, place), protected, feats)
+
+
 def restore(values: Array, owner: Array, *, fill: float = 0.0) -> Array:
   """Values back on the source grid: every source token gets its owner's.
 
   Args:
-    values: (B, N, ...).
+    values: (B, N, ...), or fewer rows if images are packed, (B / group, N, ...).
     owner: (B, S) int32; -1 where nothing represents the source token.
     fill: what those get.
 
   Returns:
     (B, S, ...) of the dtype of values.
   """
-  out = take(values, jnp.maximum(owner, 0), "gather")
+  packed = jnp.maximum(owner, 0).reshape(values.shape[0], -1)
+  out = take(values, packed, "gather").reshape(*owner.shape, *values.shape[2:])
   found = (owner >= 0).reshape(owner.shape + (1,) * (values.ndim - 2))
   return jnp.where(found, out, jnp.asarray(fill, values.dtype))
 

@@ -1,10 +1,11 @@
-"""Attention over weighted keys without a (token, token) mask, and the features that reducers ask of it.
+"""Attention over weighted keys, without a (token, token) mask unless images share a row, and the features that reducers ask of it.
 
 With e_ij = exp(q_i k_j / sqrt(d)) and w_j >= 0 the weight of key j:
 
   size     w_j = size_j                     log(w_j) is added to the logits of a key; on GPU it rides in the keys
   gate     w_j in {0, 1}, learned through   out_i = (sum_j e_ij w_j v_j + e_ii (1 - w_i) v_i) / (the same without v)
   mask     w_j in {0, 1}, nothing learned   a length per row: survivors are a prefix
+  segment  w_ij = 1 where i and j are of one image, else 0; for images that share a row, instead of a mask
 
 A gate multiplies after the exponential: the gradient then reaches keys that are switched off, which adding log(w) would
 kill, and a dead token keeps itself (Rao et al., 2021, DynamicViT; Chen et al., 2023, DiffRate).
@@ -32,7 +33,14 @@ def implementation(name: str) -> str:
 
 
 def attend(
-  q: Array, k: Array, v: Array, *, size: Array | None = None, mask: Array | None = None, impl: str = "auto"
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  size: Array | None = None,
+  mask: Array | None = None,
+  segment: Array | None = None,
+  impl: str = "auto",
 ) -> Array:
   """Softmax attention.
 
@@ -41,20 +49,29 @@ def attend(
     size: (B, N) float32 positive weights of the keys; None: ones.
     mask: (B, N); bool masks dead keys (they must follow the survivors), float32 gates them and passes gradients;
       None: all alive.
+    segment: (B, N) int32; tokens attend to those of the same number, -1 (nobody's) to each other.  All must be finite.
     impl: "auto", "matmul" or "fused".
 
   Returns:
     (B, H, N, d) of the dtype of v.  Rows of dead queries are finite if q, k and v are.
+
+  Raises:
+    ValueError: both a mask and segments are given.
   """
+  if mask is not None and segment is not None:
+    raise ValueError("attend takes a mask or segments; give who is dead segment -1")
+  within = None if segment is None else (segment[:, :, None] == segment[:, None])[:, None]  # (B, 1, N, N)
   kernel = _fused if implementation(impl) == "fused" else _matmul
-  return kernel(q, k, v, None if size is None else jnp.log(size), mask)
+  return kernel(q, k, v, None if size is None else jnp.log(size), mask, within)
 
 
-def _matmul(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None) -> Array:
+def _matmul(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, within: Array | None) -> Array:
   gate = mask if mask is not None and mask.dtype != bool else None
   logits = jnp.einsum("bhid,bhjd->bhij", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
   if bias is not None:
     logits = logits + bias[:, None, None]
+  if within is not None:
+    logits = jnp.where(within, logits, -jnp.inf)
   if mask is not None and gate is None:
     logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
     v = jnp.where(mask[:, None, :, None], v, 0)  # zero times NaN is NaN
@@ -69,7 +86,7 @@ def _matmul(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None
   return (out / total).astype(v.dtype)
 
 
-def _fused(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None) -> Array:
+def _fused(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, within: Array | None) -> Array:
   gate = mask if mask is not None and mask.dtype != bool else None
   scale, dim = q.shape[-1] ** -0.5, q.shape[-1]
   lengths = None
@@ -96,7 +113,7 @@ def _fused(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None)
   # Left to itself, JAX takes its XLA path everywhere; cuDNN's kernel wants 16 bits and heads of at most 128.
   cudnn = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
   out = jax.nn.dot_product_attention(
-    q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn" if cudnn else None
+    q, k, v, mask=within, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn" if cudnn else None
   ).swapaxes(1, 2)
   if gate is None:
     return out[..., :dim]

@@ -179,9 +179,11 @@ class Attention(nn.Module):
     """Values alone, (B, H, N, d)."""
     return self.qkv(x, slice(2, 3))[0]
 
-  def mix(self, q: Array, k: Array, v: Array, size: Array | None, mask: Array | None) -> Array:
+  def mix(
+    self, q: Array, k: Array, v: Array, size: Array | None, mask: Array | None, segment: Array | None = None
+  ) -> Array:
     """Each query's average of the values, (B, N, H, d)."""
-    return attention.attend(q, k, v, size=size, mask=mask, impl=self.impl).swapaxes(1, 2)
+    return attention.attend(q, k, v, size=size, mask=mask, segment=segment, impl=self.impl).swapaxes(1, 2)
 
   def out(self, heads: Array) -> Array:
     """(B, N, H, d) to (B, N, D)."""
@@ -273,7 +275,8 @@ class Block(nn.Module):
     feats |= {n: attention.FEATURES[n](q, k, v, size=size, mask=mask) for n in needs if n in attention.FEATURES}
     ahead = [s for s in self.sites.at(layer, "ahead") if not (mode == "gather" and s.idle and keeps is None)]
     if not ahead:
-      update = attend.out(attend.mix(q, k, v, size, mask))
+      segment = feats.get("state/segment")  # images share a row: it tells who is alive, too
+      update = attend.out(attend.mix(q, k, v, size, mask if segment is None else None, segment))
       feats |= {"update": update} if "update" in needs else {}
       return tokens.replace(x=tokens.x + self._branch(update, "1", train), feats=feats)
     inner, around = self._enter(tokens.replace(feats=feats), "ahead", aux, run)
@@ -363,7 +366,7 @@ class ViT(nn.Module):
       tokens, scope, report = block(tokens, scope, keeps, train, mode)
       aux = _extend(aux, report)
       aux |= {f"owner/{layer}": tokens.owner, f"tokens/{layer}": tokens.x}
-      counts.append(tokens.x.shape[1] if mode == "gather" else tokens.mask.astype(jnp.float32).sum(1).mean())
+      counts.append(tokens.x.shape[1] // tokens.images if mode == "gather" else tokens.mask.astype(jnp.float32).sum(1).mean())
     tokens, report = Reduce(self.sites.at(-1, "output"), name="reduce")(tokens, "output", keeps, train=train, mode=mode)
     tokens = tokens.replace(x=nn.LayerNorm(epsilon=1e-6, dtype=dtype, name="norm")(tokens.x), feats={})
     pooled = self._pool(tokens, dtype)
@@ -410,4 +413,27 @@ def _extend(aux: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
 def make(config: ConfigDict, sites: Mapping[str, Any]) -> ViT:
   """The module for `config.model` and `config.sites`; every error of either is raised here."""
   sizes = shape(config)
-  return ViT(FrozenConfigDict(config), sizes, parse(sites, sizes.stack()))
+  laid = parse(sites, sizes.stack())
+  _check_packed(laid)
+  return ViT(FrozenConfigDict(config), sizes, laid)
+
+
+def _check_packed(sites: Sites) -> None:
+  """Images that share a row are no rows of their own: nothing may act on them, or read what their blocks compute."""
+  for index, scope in enumerate(sites.spots):
+    if not scope.type.packs:
+      continue
+    where = f"the scope of sites.{scope.site}, layers {scope.layer} to {scope.until}, in which images share rows"
+    for spot in sites.spots[index + 1 :]:
+      if scope.layer <= spot.layer <= scope.until:
+        raise ValueError(
+          f"sites.{spot.site} acts in layer {spot.layer} at place={spot.place!r}, inside {where}; valid: other layers, "
+          f"or place='before' in layer {scope.layer}"
+        )
+    last = sites.at(-1, "output") if scope.until == sites.stack.depth - 1 else ()
+    for spot in (*sites.at(scope.until + 1, "before", "around"), *last):
+      if needs := spot.module().needed():
+        raise ValueError(
+          f"sites.{spot.site}.reducer={spot.reducer!r} reads {', '.join(needs)} of block {scope.until}, which ends "
+          f"{where}; let it act behind another block, or by a score that needs no features"
+        )

@@ -52,6 +52,7 @@ class Reducer(nn.Module):
   proportional: ClassVar[bool] = False  # from here on log(size) biases attention, unless the site says otherwise
   idles: ClassVar[bool] = True  # does nothing at all where every token stays
   ragged: ClassVar[bool] = False  # counts differ between images: `keep` is a capacity
+  packs: ClassVar[bool] = False  # in gather mode images share rows, and nothing else may act in its scope
   recovers: ClassVar[bool] = False  # brings the input's tokens back, and asks for no count
   training_only: ClassVar[bool] = False  # an auxiliary head: it leaves the tokens as they are, and freeze drops it
   training_params: ClassVar[tuple[str, ...]] = ()  # submodules that only training uses; freeze drops them

@@ -15,7 +15,6 @@ from tokred.reducers.base import Planner, finish, merge_into, num_kept, ranks, r
 from tokred.reducers.tome import unit
 from tokred.tokens import Array, Plan, Tokens, best, inverse, take
 
-
 SCHEDULES = {  # the authors' for DeiT-S at 224: tokens that stay after pruning and after merging, block by block
   "deit_s_2.3g": (
     (197, 192, 168, 143, 121, 105, 92, 74, 62, 45, 33, 3),

@@ -237,7 +237,7 @@ def _first_state(phase: Phase) -> Any:
 def _teacher(phase: Phase) -> Any:
   """Parameters of the dense teacher, or None where no term asks for one."""
   c = phase.config
-  if not (c.loss.distill_logits or c.loss.distill_tokens or c.loss.recalibration):
+  if not any(c.loss[name] for name in ("distill_logits", "distill_tokens", "distill_tokens_kl", "recalibration")):
     return None
   path = c.teacher or c.init
   dense = without_sites(phase.module)

@@ -132,6 +132,7 @@ def _check_sites(config: ConfigDict, module: ViT) -> None:
     "distill_logits": (config.teacher or config.init, "neither config.teacher nor config.init names a teacher"),
     "distill_tokens": (config.teacher or config.init, "neither config.teacher nor config.init names a teacher"),
   }
+  acts["distill_tokens_kl"] = acts["distill_tokens"]
   if config.loss.recalibration and not (config.teacher or config.init):
     acts["recalibration"] = acts["distill_tokens"]
   for term, (there, problem) in acts.items():

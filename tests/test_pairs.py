@@ -1,0 +1,129 @@
+"""Methods combine: every reducer before and inside every other, every rate on every reducer that can have it.
+
+All pairs are traced, which finds what does not fit together; a round through the pairs, one for each reducer, is
+computed too, and what mask mode gives must be what gather mode gives.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import quick
+
+from tokred import config as defaults
+from tokred.nn import vit
+from tokred.reducers import REGISTRY, Planner
+
+SMALL = dict(variant="mu/4", width=16, depth=5, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=3)
+NAMES = sorted(set(REGISTRY) - {"clca"})  # whose site is one of all blocks
+KEEP = {"stvit": 10}  # nine and CLS; the others are asked for shares
+ROUNDED = ("avit", "ats", "spa")  # their counts differ between images, so neither mode's is the other's
+
+
+def site(name, layer, **fields):
+  """A site of one reducer, at its default place."""
+  cls = REGISTRY[name]
+  layers = (0, 1, 2, 3, 4) if name == "avit" else (layer,)
+  place = cls.places[0]
+  own = dict(reducer=name, place=place, layers=layers) | ({} if place == "output" else {})
+  if cls.idles and "rate" not in fields:
+    own["keep"] = KEEP.get(name, 0.6)
+  return own | fields
+
+
+def build(**sites):
+  return vit.make(defaults.complete({"model": SMALL}).model, sites)
+
+
+IMAGES = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+RNGS = {"params": jax.random.key(0), "reduce": jax.random.key(1), "dropout": jax.random.key(2)}
+
+
+def traced(module, mode="gather", train=False):
+  """Shapes of parameters and output; gather mode, which has the static counts, may disagree with the layout."""
+  params = jax.eval_shape(lambda: module.init(RNGS, IMAGES, mode="mask"))["params"]
+  run = lambda p: module.apply({"params": p}, IMAGES, mode=mode, train=train, rngs=RNGS)  # noqa: E731
+  return jax.eval_shape(run, params)
+
+
+def pair(first, second):
+  """The second one behind the first; inside of it, where the first has a scope."""
+  around = REGISTRY[first].places[0] == "around"
+  if second == first and first == "avit":
+    return None
+  inside = REGISTRY[second].places[0] != "around"
+  fields = dict(until=3) if around and inside and first != "spa" else {}
+  return dict(a=site(first, 1, **fields), b=site(second, 2))
+
+
+def layout(first, second):
+  """A module of the pair, or why there is none; a refusal must name its site."""
+  sites = pair(first, second)
+  if sites is None:
+    return None
+  try:
+    return build(**sites)
+  except ValueError as error:
+    assert "sites." in str(error), error
+    return None
+
+
+@pytest.mark.parametrize("first", NAMES)
+def test_every_pair_fits(first):
+  refused = []
+  for second in NAMES:
+    module = layout(first, second)
+    if module is None:
+      refused.append(second)
+      continue
+    output = traced(module)
+    assert [output.aux[f"tokens/{layer}"].shape[1] for layer in range(5)] == list(module.sites.counts()), second
+    assert output.logits.shape == (2, 3), second
+  assert len(refused) <= len(NAMES) // 3, refused
+
+
+@pytest.mark.parametrize("first, second", [(a, NAMES[(7 * i + 3) % len(NAMES)]) for i, a in enumerate(NAMES)])
+def test_pairs_mask_as_they_gather(first, second):
+  module = layout(first, second)
+  if module is None or {first, second} & set(ROUNDED):
+    pytest.skip("refused by the layout, or counts that differ between images")
+  params = jax.jit(lambda: module.init(RNGS, IMAGES, mode="mask"), compiler_options=quick())()["params"]
+  outputs = [
+    jax.jit(lambda p, mode=mode: module.apply({"params": p}, IMAGES, mode=mode), compiler_options=quick())(params)
+    for mode in ("gather", "mask")
+  ]
+  gathered, masked = outputs
+  n = gathered.tokens.x.shape[1]
+  np.testing.assert_allclose(masked.tokens.x[:, :n], gathered.tokens.x, atol=2e-5)
+  np.testing.assert_array_equal(masked.tokens.owner, gathered.tokens.owner)
+
+
+@pytest.mark.parametrize("rate", ["learned", "threshold", "learned_threshold"])
+def test_every_rate_on_every_planner(rate):
+  tried = []
+  for name in NAMES:
+    cls = REGISTRY[name]
+    fields = dict(rate=rate) | ({} if rate == "learned" else dict(threshold=0.1, keep=1.0))
+    try:
+      module = build(a=site(name, 1, **fields))
+    except ValueError as error:
+      assert not issubclass(cls, Planner) or "rate" in str(error), error
+      continue
+    output = traced(module, "mask", train=True)
+    assert output.aux["reduce/a/count"][0].shape == ()
+    tried.append(name)
+  assert {"topk", "gumbel"} <= set(tried) and len(tried) >= 8
+
+
+def test_a_learned_rate_on_a_learned_score():
+  # DiffRate's rate over DynamicViT's predictor: both learn from one loss.
+  module = build(a=dict(reducer="gumbel", layers=(1, 2), rate="learned"))
+  params = jax.jit(lambda: module.init(RNGS, IMAGES, mode="mask"), compiler_options=quick())()["params"]
+
+  def loss(params):
+    output = module.apply({"params": params}, IMAGES, mode="mask", train=True, rngs=RNGS)
+    return jnp.sum(output.features * jnp.cos(jnp.arange(32.0)).reshape(2, 16))
+
+  grads = jax.jit(jax.grad(loss), compiler_options=quick())(params)["block_1"]["reduce"]["a"]
+  for name, leaf in (("rate", grads["rate"]["logits"]), ("score", grads["gumbel"]["predictor"]["in_proj"]["kernel"])):
+    assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, name
