@@ -96,12 +96,18 @@ METHODS: dict[str, dict[str, Any]] = {
   "dyt": _one("dyt", "all", tune=True, hidden=8)
   | dict(loss=dict(global_ratio=2.0, full_cross_entropy=1.0, full_distill=1.0, less=0), train=dict(mode="mask")),
   "skipvit": _one("topk", "once", tune=True, place="around", until=-2),
-  "spa": _one("spa", "alternate", tune=True) | dict(train=dict(mode="mask")),
+  "spa": _one("spa", "alternate", tune=True) | dict(loss=dict(keep_ratio=2.0), train=dict(mode="mask")),
   # Recovery
   "hot": dict(
-    sites=dict(prune=dict(reducer="dpcknn", layers="once"), back=dict(reducer="recover", place="output")), tune=True
+    sites=dict(
+      prune=dict(reducer="dpcknn", layers="once"), back=dict(reducer="recover", layers="last", place="before")
+    ),
+    tune=True,
   ),
-  "clca": _one("clca", tune=True),
+  "clca": dict(
+    sites=dict(prune=dict(reducer="topk", fuse=True, layers="stages"), cache=dict(reducer="clca", layers="every")),
+    tune=True,
+  ),
 }
 
 

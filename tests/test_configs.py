@@ -43,7 +43,7 @@ ALL = [
   (name, variant, learned)
   for name in RECIPES
   for variant, learned in itertools.product(VARIANTS.get(name, ("",)), ("", "learned"))
-  if name != "methods"
+  if name != "methods" and not (learned and name == "segment")
 ]
 METHODS = [name for name in sweep.methods(sweep_recipe.get_config()) if name != "dense"]
 

@@ -220,6 +220,23 @@ def test_clca_counts():
     at(2, cache="meen").needed()
 
 
+@pytest.mark.parametrize("rate", [dict(keep=9), dict(rate="learned")], ids=["fixed", "learned"])
+def test_clca_counts_in_a_model(rate):
+  """9 of 17 tokens leave block 0, before block 2 two join, and ToMe merges 3 of the 11, or none of so few."""
+  cut = dict(reducer="topk", layers=(0,)) | rate
+  cache = dict(reducer="clca", layers=(1, 2), every=2)
+  model = build(cut=cut, cache=cache, merge=dict(reducer="tome", layers=(2,), r=3))
+  first, second, third = model.counts
+  assert first == second and third == (8 if "keep" in rate else min(first + 2, 14))
+  assert model.macs < build().macs
+  if "keep" in rate:
+    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 1))
+    masked, out = forward(model.module, "mask")(model.params, images), model(images)
+    np.testing.assert_array_equal(masked.counts, [9, 9, 8])
+    np.testing.assert_allclose(masked.tokens.x[:, :8], out.tokens.x, atol=1e-5)
+    assert out.tokens.protected.sum() == 6  # CLS and two means, in two images
+
+
 # The probe.
 
 

@@ -28,6 +28,7 @@ LAYERS: dict[str, Callable[[int], list[tuple[int, ...]]]] = {
   "every": lambda depth: [tuple(range(1, depth)), tuple(range(depth))],  # all but the first
   "stages": lambda depth: [tuple(sorted({max(1, depth * i // 4) for i in (1, 2, 3)}))],
   "once": lambda depth: [(max(1, depth // 4),), (1,), (0,)],
+  "last": lambda depth: [(depth - 1,)],
   "behind": lambda depth: [tuple(range(max(1, depth // 4) + 1, depth)), tuple(range(2, depth)), tuple(range(1, depth))],
   "alternate": lambda depth: [  # every second block, two of three, all but the first
     tuple(range(1, depth, 2)),
@@ -234,7 +235,7 @@ def _follow(module: ViT, spots: Sequence[Spot], choose: Callable[[Spot, int], in
   def leave(here: Sequence[Spot], n: int) -> int:
     for spot in here:
       if spot.type.recovers:
-        n = sites.stack.num_tokens
+        n = spot.module().recovered(n, sites.stack.num_tokens)
       elif spot in spots and not spot.type.training_only:
         n = _reachable(spot, choose(spot, n), n, sites.stack)
       elif spot.rate == "fixed":

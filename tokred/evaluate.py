@@ -84,7 +84,8 @@ def counts_by_site(module: ViT, aux: dict[str, Any]) -> dict[str, jax.Array]:
   out, left = {}, jnp.asarray(module.sites.stack.num_tokens, jnp.float32)
   for spot in module.sites.spots:
     name = f"{spot.site}/{spot.layer}" + ("" if spot.child == spot.site else f"/{spot.reducer}")
-    count = jnp.minimum(left, jnp.asarray(aux[f"reduce/{spot.site}/count"][spot.index], jnp.float32))
+    count = jnp.asarray(aux[f"reduce/{spot.site}/count"][spot.index], jnp.float32)
+    count = count if spot.type.recovers else jnp.minimum(left, count)
     left = left if module.sites.scoped(spot) else count
     out[name] = count
   return out

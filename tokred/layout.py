@@ -183,7 +183,11 @@ class Sites:
       nonlocal extra
       extra = extra + sum(spot.module().macs(n, width, num_heads) for spot in spots)
       if any(spot.type.recovers for spot in spots):
-        return self.stack.num_tokens
+        for spot in spots:
+          arrive = n
+          n = counts[spot.site][spot.index] if counts and spot.site in counts else spot.keep
+          n = spot.module().recovered(arrive, self.stack.num_tokens) if spot.type.recovers else n
+        return n
       return cost.min_st(n, [counts[s.site][s.index] if counts and s.site in counts else s.keep for s in spots])
 
     n = walk(self.stack.depth, self.at, self.stack.num_tokens, leave)

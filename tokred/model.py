@@ -196,7 +196,7 @@ def _frozen_counts(model: Model) -> list[int]:
         logits = jnp.asarray(_rate(model, spot)["logits"])
         count = int(rates.kept_count(logits, spot.candidates)) + spot.protected
         count = max(round(count / multiple) * multiple, spot.module().fewest(n, spot.protected))
-      n = count if spot.type.recovers else min(n, count)
+      n = spot.module().recovered(n, sites.stack.num_tokens) if spot.type.recovers else min(n, count)
       out.append(n)
     return n
 

@@ -344,7 +344,8 @@ def _count(draft: dict[str, Any], arriving: int, left: float, stack: Stack, inde
   protected, source = stack.num_protected, stack.num_tokens - stack.num_protected
   fewest = reducer.fewest(arriving, protected)
   if reducer.recovers:
-    count, left = stack.num_tokens, 1.0
+    count = reducer.recovered(arriving, stack.num_tokens)
+    left = 1.0 if count == stack.num_tokens else left
   elif draft["rate"] == "learned":
     count = arriving
   elif removed is not None:

@@ -1,4 +1,6 @@
-"""Attention over weighted keys, without a (token, token) mask unless images share a row, and the features that reducers ask of it.
+"""Attention over weighted keys, and the features that reducers ask of it.
+
+No (token, token) mask is made unless images share a row.
 
 With e_ij = exp(q_i k_j / sqrt(d)) and w_j >= 0 the weight of key j:
 
@@ -112,6 +114,7 @@ def _fused(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
   q, k, v = (jnp.pad(a, ((0, 0),) * 3 + ((0, width - a.shape[-1]),)).swapaxes(1, 2) for a in (q, k, v))
   # Left to itself, JAX takes its XLA path everywhere; cuDNN's kernel wants 16 bits and heads of at most 128.
   cudnn = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+  cudnn = cudnn and (within is None or within.shape[-1] % 2 == 0)  # nor is it trained with a mask of odd length
   out = jax.nn.dot_product_attention(
     q, k, v, mask=within, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn" if cudnn else None
   ).swapaxes(1, 2)

@@ -366,7 +366,9 @@ class ViT(nn.Module):
       tokens, scope, report = block(tokens, scope, keeps, train, mode)
       aux = _extend(aux, report)
       aux |= {f"owner/{layer}": tokens.owner, f"tokens/{layer}": tokens.x}
-      counts.append(tokens.x.shape[1] // tokens.images if mode == "gather" else tokens.mask.astype(jnp.float32).sum(1).mean())
+      counts.append(
+        tokens.x.shape[1] // tokens.images if mode == "gather" else tokens.mask.astype(jnp.float32).sum(1).mean()
+      )
     tokens, report = Reduce(self.sites.at(-1, "output"), name="reduce")(tokens, "output", keeps, train=train, mode=mode)
     tokens = tokens.replace(x=nn.LayerNorm(epsilon=1e-6, dtype=dtype, name="norm")(tokens.x), feats={})
     pooled = self._pool(tokens, dtype)

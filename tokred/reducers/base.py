@@ -53,7 +53,7 @@ class Reducer(nn.Module):
   idles: ClassVar[bool] = True  # does nothing at all where every token stays
   ragged: ClassVar[bool] = False  # counts differ between images: `keep` is a capacity
   packs: ClassVar[bool] = False  # in gather mode images share rows, and nothing else may act in its scope
-  recovers: ClassVar[bool] = False  # brings the input's tokens back, and asks for no count
+  recovers: ClassVar[bool] = False  # more tokens may leave than arrive: asks for no count, see `recovered`
   training_only: ClassVar[bool] = False  # an auxiliary head: it leaves the tokens as they are, and freeze drops it
   training_params: ClassVar[tuple[str, ...]] = ()  # submodules that only training uses; freeze drops them
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "output")  # where it may stand, the default first
@@ -88,6 +88,16 @@ class Reducer(nn.Module):
     """The smallest `keep` that the method can reach from n tokens."""
     del n
     return max(protected, 1)
+
+  def recovered(self, n: Any, source: int) -> Any:
+    """Tokens that leave a reducer that recovers: all that the input had.
+
+    Args:
+      n: tokens that arrive, a number or a traced scalar.
+      source: tokens at the model's input, protected ones counted.
+    """
+    del n
+    return source
 
   def needed(self) -> tuple[str, ...]:
     """Features that this instance reads; by default those of its class."""
