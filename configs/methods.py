@@ -22,7 +22,7 @@ from its table.md):
 | ats | samples by the scores' distribution | none | |
 | greedy, sigmoid | ToMe with searched counts | none | |
 | topk_merge | prune and merge as DiffRate, counts set by hand | yes | |
-| diffrate | prune and merge, counts learned | yes | |
+| diffrate, diffrate_alone | prune and merge, counts learned; the counts alone, as its authors do | yes | |
 | evit, evit_drop | cls attention, the rest fused, or dropped | yes | |
 | dynamicvit | Gumbel selectors with distillation | yes | |
 | mctf | merges by three criteria, consistency | yes | |
@@ -84,6 +84,9 @@ METHODS: dict[str, dict[str, Any]] = {
   # Rates
   "topk_merge": _one(("topk", "diffrate_merge"), "every", tune=True),
   "diffrate": dict(sites=dict(tokens=dict(reducer=("topk", "diffrate_merge"), layers="every", rate="learned"))) | RATE,
+  "diffrate_alone": dict(sites=dict(tokens=dict(reducer=("topk", "diffrate_merge"), layers="every", rate="learned")))
+  | RATE
+  | dict(optim=dict(lr=0.01, end_lr=0.001, freeze=(r"^(?!.*/rate/).*",)), freeze=1.0),  # as its authors train it
   "greedy": _one("tome", "every") | dict(search="greedy"),
   "sigmoid": _one("tome", "every") | dict(search="sigmoid"),
   # Selectors
