@@ -99,7 +99,7 @@ METHODS: dict[str, dict[str, Any]] = {
   "dyt": _one("dyt", "all", tune=True, hidden=8)
   | dict(loss=dict(global_ratio=2.0, full_cross_entropy=1.0, full_distill=1.0, less=0), train=dict(mode="mask")),
   "skipvit": _one("topk", "once", tune=True, place="around", until=-2),
-  "spa": _one("spa", "alternate", tune=True) | dict(loss=dict(keep_ratio=2.0), train=dict(mode="mask")),
+  "spa": _one("spa", "alternate", tune=True, group=2) | dict(loss=dict(keep_ratio=2.0), train=dict(mode="mask")),
   # Recovery
   "hot": dict(
     sites=dict(

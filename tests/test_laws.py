@@ -10,6 +10,7 @@ from tokred.reducers import REGISTRY, Planner, Reducer, keep_top
 from tokred.reducers.base import merge_into, num_kept, ranks
 from tokred.reducers.diffrate import DiffRateMerge
 from tokred.reducers.router import Router
+from tokred.reducers.spa import SPA
 from tokred.reducers.tome import ToMe
 from tokred.reducers.topk import TopK
 from tokred.testing import LAWS, LawError, cases, check_reducer, laws
@@ -20,6 +21,7 @@ OPTIONS = {  # modules whose options take other ways through the code, and the l
   "fuse": (TopK(fuse=True), (3, 5, 6, 7)),
   "raster": (TopK(raster=True, score="key_norm"), (7,)),
   "norm": (TopK(score="token_norm"), (10,)),
+  "alone": (SPA(group=1), (2, 5, 9)),
 }
 
 
@@ -32,7 +34,7 @@ EXCEPT = {  # laws that a method breaks by what it is
   "clca": (1, 2, 4, 5, 6, 7, 10),  # adds tokens; tests/test_recover.py
   "sit": (6,),  # as many slots as tokens are still slots
   "sit_reverse": (1, 2, 8),  # leaves the tokens alone, and learns by a loss on what it recovers
-  "spa": (1, 7, 9),  # packs the images of a group into rows; tests/test_spa.py
+  "spa": (1, 2, 4, 6, 7, 9, 11),  # a gate decides how many, and images of a group share rows; tests/test_spa.py
 }
 UNFIT = {"stvit"}  # keeps square numbers of tokens, which the harness does not ask for; tests/test_fusion.py
 

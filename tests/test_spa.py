@@ -192,7 +192,10 @@ def test_selection_loss_by_hand():
   [
     (dict(reducer="topk", layers=(2,), keep=9), "sites.x acts in layer 2 at place='attn', inside the scope of sites.p"),
     (dict(reducer="dyt", layers=(1,), keep=9), "place='before' in layer 1"),
-    (dict(reducer="topk", layers=(3,), place="before", keep=9), "reads cls_attention of block 2, which ends the scope"),
+    (
+      dict(reducer="topk", layers=(3,), place="before", keep=9),
+      "reads cls_attention of block 2, of which only tokens in the scope",
+    ),
   ],
 )
 def test_nothing_acts_on_rows_that_images_share(other, words):

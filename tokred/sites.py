@@ -162,14 +162,32 @@ def parse(sites: Mapping[str, Mapping[str, Any]], stack: Stack) -> Sites:
 
   walk(stack.depth, at, stack.num_tokens, leave)
   sites = Sites(stack, tuple(spots))
-  for spot in spots:
-    scope = sites.opening(spot)
-    if spot.place == "around" and scope is not spot and scope.layer != spot.layer:
-      raise ValueError(
-        f"sites.{spot.site}.layers has {spot.layer}, which lies in the scope of sites.{scope.site} (layers "
-        f"{scope.layer} to {scope.until}); scopes do not nest"
-      )
+  _check_scopes(sites)
   return sites
+
+
+def _check_scopes(sites: Sites) -> None:
+  """Scopes do not nest, their features end with them, and nothing acts on images that share a row."""
+  for scope in sites.spots:
+    if scope.place != "around":
+      continue
+    where = f"the scope of sites.{scope.site} (layers {scope.layer} to {scope.until})"
+    for spot in sites.spots:
+      inside = spot is not scope and sites.opening(spot) is scope
+      if inside and spot.place == "around" and spot.layer > scope.layer:
+        raise ValueError(f"sites.{spot.site}.layers has {spot.layer}, which lies in {where}; scopes do not nest")
+      if inside and scope.type.packs:
+        raise ValueError(
+          f"sites.{spot.site} acts in layer {spot.layer} at place={spot.place!r}, inside {where}, in which images "
+          f"share rows; valid: other layers, or place='before' in layer {scope.layer}"
+        )
+    last = sites.at(-1, "output") if scope.until == sites.stack.depth - 1 else ()
+    for spot in (*sites.at(scope.until + 1, "before", "around"), *last):
+      if needs := spot.module().needed():
+        raise ValueError(
+          f"sites.{spot.site}.reducer={spot.reducer!r} reads {', '.join(needs)} of block {scope.until}, of which only "
+          f"tokens in {where} have it; let it act behind another block, or by a score that needs no features"
+        )
 
 
 def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]:

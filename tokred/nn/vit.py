@@ -415,27 +415,4 @@ def _extend(aux: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
 def make(config: ConfigDict, sites: Mapping[str, Any]) -> ViT:
   """The module for `config.model` and `config.sites`; every error of either is raised here."""
   sizes = shape(config)
-  laid = parse(sites, sizes.stack())
-  _check_packed(laid)
-  return ViT(FrozenConfigDict(config), sizes, laid)
-
-
-def _check_packed(sites: Sites) -> None:
-  """Images that share a row are no rows of their own: nothing may act on them, or read what their blocks compute."""
-  for index, scope in enumerate(sites.spots):
-    if not scope.type.packs:
-      continue
-    where = f"the scope of sites.{scope.site}, layers {scope.layer} to {scope.until}, in which images share rows"
-    for spot in sites.spots[index + 1 :]:
-      if scope.layer <= spot.layer <= scope.until:
-        raise ValueError(
-          f"sites.{spot.site} acts in layer {spot.layer} at place={spot.place!r}, inside {where}; valid: other layers, "
-          f"or place='before' in layer {scope.layer}"
-        )
-    last = sites.at(-1, "output") if scope.until == sites.stack.depth - 1 else ()
-    for spot in (*sites.at(scope.until + 1, "before", "around"), *last):
-      if needs := spot.module().needed():
-        raise ValueError(
-          f"sites.{spot.site}.reducer={spot.reducer!r} reads {', '.join(needs)} of block {scope.until}, which ends "
-          f"{where}; let it act behind another block, or by a score that needs no features"
-        )
+  return ViT(FrozenConfigDict(config), sizes, parse(sites, sizes.stack()))

@@ -70,12 +70,15 @@ def selection_loss(logits: Array, labels: Array, scales: Sequence[int] = (1, 2, 
 class SPA(Reducer):
   """l = W x + b, (keep, drop);  who has l_keep > l_drop goes through the blocks of the scope, the others round it.
 
-  In gather mode those of `group` consecutive images stand in one row of group * keep slots, and attention stays within
-  an image (`tokens.pack`): each image has its own count, and `keep` is their mean.  Where more want in than there is
-  room, the lowest l_keep - l_drop go round, in mask mode as well; that is all that images of a group share.  A larger
-  group evens out more, and its attention costs more: the blocks off the diagonal are computed and thrown away, which
-  the cost model leaves out.  A batch that is no multiple of `group` takes the greatest common divisor, a batch of
-  unknown size 1; on several devices `group` should divide the batch of each.
+  In gather mode those of `group` consecutive images stand in one row of group * keep slots, and attention stays
+  within an image (`tokens.pack`): each image has its own count, and `keep` is their mean.  Where more want in than
+  there is room, the lowest l_keep - l_drop go round, in mask mode as well; that is all that images of a group share.
+  A batch that is no multiple of `group` takes the greatest common divisor, a batch of unknown size 1; on several
+  devices `group` should divide the batch of each.
+
+  A larger group evens out more, and its attention costs more: pairs of different images are computed and thrown away,
+  2 (group - 1) keep^2 D multiply-adds an image that the cost model leaves out.  A block of DeiT-S with 118 of 197
+  tokens costs 1.05 of what it says with group=2, 1.34 with group=8.
 
   Training decides by l + g, g ~ Gumbel(0, 1) for each logit, with the gradient of softmax((l + g) / tau).  In mask mode
   nothing is packed, there is room for all, and those that go round teach the gate too; in gather mode only those that
