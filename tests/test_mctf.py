@@ -20,6 +20,7 @@ from golden import (
 from tokred import config as defaults
 from tokred import losses
 from tokred import tokens as tk
+from tokred.nn import vit
 from tokred.reducers.mctf import MCTF
 
 
@@ -115,3 +116,17 @@ def test_what_merges_by_hand():
   out = tk.compact(tokens, plan, 3)
   np.testing.assert_allclose(out.x, [[[9, 9], [0.1, 1], [1, 0]]], atol=1e-6)
   np.testing.assert_array_equal(out.owner, [[0, 2, 2, 1, 1]])
+
+
+def test_a_spot_that_lets_all_through_says_so():
+  # What a search may find: nothing merges in block 1, and its site still reports 17 tokens of 17.
+  sizes = dict(variant="mu/4", width=16, depth=3, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=3)
+  module = vit.make(
+    defaults.complete({"model": sizes}).model, dict(merge=dict(reducer="mctf", layers=(1, 2), keep=(17, 12)))
+  )
+  images, rngs = jnp.zeros((2, 16, 16, 3)), {"params": jax.random.key(0)}
+  output = jax.eval_shape(lambda: module.init_with_output(rngs, images, mode="gather")[0])
+  assert sorted(output.aux["reduce/merge/count"]) == [0, 1] and output.aux["tokens/2"].shape == (2, 12, 16)
+  params = jax.eval_shape(lambda: module.init(rngs, images, mode="mask"))["params"]
+  output = jax.eval_shape(lambda p: module.apply({"params": p}, images), params)
+  assert sorted(output.aux["reduce/merge/count"]) == [0, 1] and output.aux["tokens/2"].shape == (2, 12, 16)

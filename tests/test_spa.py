@@ -194,7 +194,7 @@ def test_selection_loss_by_hand():
     (dict(reducer="dyt", layers=(1,), keep=9), "place='before' in layer 1"),
     (
       dict(reducer="topk", layers=(3,), place="before", keep=9),
-      "reads cls_attention of block 2, of which only tokens in the scope",
+      "reads cls_attention of block 2, of which only",
     ),
   ],
 )

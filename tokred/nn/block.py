@@ -1,0 +1,198 @@
+"""A block of a transformer, with the places where reducers act."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from tokred import tokens as tk
+from tokred.layout import PLACES, Sites
+from tokred.nn import attention
+from tokred.sites import Reduce
+from tokred.tokens import Array, Tokens
+
+
+class Projection(nn.Module):
+  """Queries, keys and values: (B, N, D) to some of (q, k, v), (B, H, N, d) each."""
+
+  num_heads: int
+  use_bias: bool = True
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, wanted: slice = slice(0, 3)) -> Array:
+    width = x.shape[-1]
+    shape = (3, self.num_heads, width // self.num_heads)
+
+    def kernel(key: Array, *_: Any) -> Array:
+      return nn.initializers.lecun_normal()(key, (width, 3 * width), jnp.float32).reshape(width, *shape)
+
+    weight = self.param("kernel", kernel).astype(self.dtype)[:, wanted]
+    out = jnp.einsum("bnd,dche->bnche", x.astype(self.dtype), weight)
+    if self.use_bias:
+      out = out + self.param("bias", nn.initializers.zeros, shape, jnp.float32).astype(self.dtype)[wanted]
+    return out.transpose(2, 0, 3, 1, 4)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention in its steps, for a reducer may act between the map and the values."""
+
+  width: int
+  num_heads: int
+  qkv_bias: bool = True
+  qk_norm: bool = False
+  dtype: Any = jnp.float32
+  impl: str = "auto"
+
+  def setup(self) -> None:
+    self.qkv = Projection(self.num_heads, self.qkv_bias, self.dtype)
+    self.proj = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype)
+    if self.qk_norm:
+      self.q_norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+      self.k_norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+
+  def __call__(self, x: Array) -> tuple[Array, Array, Array]:
+    """(B, N, D) to queries, keys and values, (B, H, N, d) each."""
+    q, k, v = self.qkv(x)
+    return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
+
+  def values(self, x: Array) -> Array:
+    """Values alone, (B, H, N, d)."""
+    return self.qkv(x, slice(2, 3))[0]
+
+  def mix(
+    self, q: Array, k: Array, v: Array, size: Array | None, mask: Array | None, segment: Array | None = None
+  ) -> Array:
+    """Each query's average of the values, (B, N, H, d)."""
+    return attention.attend(q, k, v, size=size, mask=mask, segment=segment, impl=self.impl).swapaxes(1, 2)
+
+  def out(self, heads: Array) -> Array:
+    """(B, N, H, d) to (B, N, D)."""
+    return self.proj(heads)
+
+
+def gelu(x: Array) -> Array:
+  """Exact GELU.  jax.nn.gelu asks for erfc, which takes three times as long on CPU and differs by 1e-7."""
+  return 0.5 * x * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
+
+
+class Mlp(nn.Module):
+  """Two layers with an exact GELU between them."""
+
+  hidden: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    h = nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(gelu(h))
+
+
+@struct.dataclass
+class Scope:
+  """What goes round while others go through."""
+
+  outer: Tokens  # that arrived
+  weight: Array | None  # (B, N) of each token's update
+  residual: Array | None  # (B, N, D) what every token gets, whether it went through or not
+
+  def leave(self, inner: Tokens) -> Tokens:
+    """All that arrived, with what the scope did to those inside."""
+    outer = tk.bypass(self.outer, inner, self.weight)
+    return outer if self.residual is None else outer.replace(x=outer.x + self.residual.astype(outer.x.dtype))
+
+
+class Block(nn.Module):
+  """x + MHSA(LN x), x + MLP(LN x), with places for reducers in, before, behind and around it."""
+
+  config: Any  # config.model, frozen
+  shape: Any  # sizes: width, depth, mlp_dim, num_heads
+  sites: Sites
+  layer: int
+
+  @nn.compact
+  def __call__(
+    self, tokens: Tokens, scope: Scope | None, keeps: Mapping[str, Array] | None, train: bool, mode: str
+  ) -> tuple[Tokens, Scope | None, dict[str, Any]]:
+    layer, aux = self.layer, {}
+    reduce = Reduce(self.sites.at(layer, *PLACES[:-1]), name="reduce")
+    run = functools.partial(_run, functools.partial(reduce, keeps=keeps, train=train, mode=mode))
+    tokens = run(tokens, "before", aux)
+    if self.sites.at(layer, "around"):
+      tokens, scope = self._enter(tokens, "around", aux, run)
+    tokens = self._attend(tokens, aux, run, keeps, mode, train)
+    tokens = run(tokens, "attn", aux)
+    if self.sites.at(layer, "mlp"):
+      inner, around = self._enter(tokens, "mlp", aux, run)
+      tokens = around.leave(inner.replace(x=inner.x + self._mlp(inner.x, train)))
+    else:
+      tokens = tokens.replace(x=tokens.x + self._mlp(tokens.x, train))
+    tokens = run(tokens, "after", aux)
+    if self.sites.closes(layer):
+      tokens, scope = scope.leave(tokens), None
+    return tokens, scope, aux
+
+  def _enter(self, outer: Tokens, place: str, aux: dict[str, Any], run: Any) -> tuple[Tokens, Scope]:
+    """Those that go in, whose owners count the tokens of `outer` as sources; what leaves is written down."""
+    index = jnp.broadcast_to(jnp.arange(outer.x.shape[1], dtype=jnp.int32), outer.mask.shape)
+    report: dict[str, Any] = {}
+    inner = run(outer.replace(owner=index), place, report)
+    aux.update(report)
+    read = lambda what: next((v for name, r in report.items() if name.endswith(what) for v in r.values()), None)  # noqa: E731
+    return inner, Scope(outer, read("/update_weight"), read("/residual"))
+
+  def _attend(self, tokens: Tokens, aux: dict[str, Any], run: Any, keeps: Any, mode: str, train: bool) -> Tokens:
+    """x + MHSA(LN x), with features for the reducers; those ahead of it get the map, and it gets their tokens."""
+    c, layer, dtype, shape = self.config, self.layer, jnp.dtype(self.config.dtype), self.shape
+    mask = tokens.mask if self.sites.masked(layer, mode) else None
+    size = tokens.size if self.sites.proportional(layer, mode) else None
+    if size is not None and mask is not None and mask.dtype == bool:
+      size = jnp.where(mask, size, 1.0)
+    attend = Attention(shape.width, shape.num_heads, c.qkv_bias, c.qk_norm, dtype, c.attention, name="attn")
+    norm = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name="norm1")
+    q, k, v = attend(norm(tokens.x))
+    needs = self.sites.needs(layer)
+    feats = {name: value for name, value in tokens.feats.items() if name.startswith("state/")}
+    feats |= {n: attention.FEATURES[n](q, k, v, size=size, mask=mask) for n in needs if n in attention.FEATURES}
+    ahead = self.sites.at(layer, "ahead")
+    if not ahead or (mode == "gather" and ahead[0].idle and ahead[0].site not in (keeps or {})):
+      run(tokens, "ahead", aux)  # says that all stay
+      segment = feats.get("state/segment")  # images share a row: it tells who is alive, too
+      update = attend.out(attend.mix(q, k, v, size, mask if segment is None else None, segment))
+      feats |= {"update": update} if "update" in needs else {}
+      return tokens.replace(x=tokens.x + self._branch(update, "1", train), feats=feats)
+    inner, around = self._enter(tokens.replace(feats=feats), "ahead", aux, run)
+    (plan,) = aux.pop(f"reduce/{ahead[0].site}/plan").values()
+    v = tk.take(attend.values(norm(inner.x)).swapaxes(1, 2), jnp.maximum(inner.owner, 0)).swapaxes(1, 2)
+    heads = attend.mix(q, k, v, size, mask)
+    rows = around.outer.replace(x=heads.reshape(tokens.x.shape), feats={})
+    rows = tk.compact(rows, plan, inner.x.shape[1]) if mode == "gather" else tk.fold(rows, plan)
+    update = attend.out(rows.x.reshape(*rows.x.shape[:2], *heads.shape[2:]))
+    owner = tk.follow(tokens.owner, inner.owner)
+    return inner.replace(x=inner.x + self._branch(update, "1", train), owner=owner)
+
+  def _mlp(self, x: Array, train: bool) -> Array:
+    dtype = jnp.dtype(self.config.dtype)
+    norm = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name="norm2")
+    return self._branch(Mlp(self.shape.mlp_dim, dtype, name="mlp")(norm(x)), "2", train)
+
+  def _branch(self, update: Array, name: str, train: bool) -> Array:
+    """LayerScale and stochastic depth (a whole sample's branch at a time)."""
+    c = self.config
+    if c.layer_scale:
+      init = nn.initializers.constant(c.layer_scale)
+      update = update * self.param(f"layer_scale{name}", init, (update.shape[-1],), jnp.float32).astype(update.dtype)
+    rate = c.drop_path * self.layer / max(self.shape.depth - 1, 1)
+    return nn.Dropout(rate, broadcast_dims=(1, 2), name=f"drop_path{name}")(update, deterministic=not train)
+
+
+def _run(reduce: Any, tokens: Tokens, place: str, aux: dict[str, Any]) -> Tokens:
+  """The spots of a place; adds what they report to `aux`."""
+  tokens, report = reduce(tokens, place)
+  aux.update(report)
+  return tokens
