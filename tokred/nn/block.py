@@ -161,7 +161,7 @@ class Block(nn.Module):
     feats |= {n: attention.FEATURES[n](q, k, v, size=size, mask=mask) for n in needs if n in attention.FEATURES}
     ahead = self.sites.at(layer, "ahead")
     if not ahead or (mode == "gather" and ahead[0].idle and ahead[0].site not in (keeps or {})):
-      run(tokens, "ahead", aux)  # says that all stay
+      run(tokens.replace(feats=feats), "ahead", aux)  # says that all stay
       segment = feats.get("state/segment")  # images share a row: it tells who is alive, too
       update = attend.out(attend.mix(q, k, v, size, mask if segment is None else None, segment))
       feats |= {"update": update} if "update" in needs else {}

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from tokred import scores
 from tokred.reducers.base import Planner, finish, merge_into, num_kept, ranks, register
-from tokred.reducers.tome import unit
 from tokred.tokens import Array, Plan, Tokens, best, inverse, take
 
 SCHEDULES = {  # the authors' for DeiT-S at 224: tokens that stay after pruning and after merging, block by block
@@ -77,10 +76,12 @@ class DiffRateMerge(Planner):
     count = num_kept(tokens, keep)
     low = min(keep, n) if isinstance(keep, int) else 0  # a static count: only what goes has to be matched
     going = order[:, low:]
-    metric = unit(jax.lax.stop_gradient(tokens.x), tokens.alive)
-    sim = jnp.einsum("bgd,bjd->bgj", take(metric, going), metric, precision="highest")
+    x = jax.lax.stop_gradient(tokens.x).astype(jnp.float32)
+    length = jnp.maximum(jnp.linalg.norm(x, axis=-1), jnp.finfo(jnp.float32).tiny)
+    product = jnp.einsum("bgd,bjd->bgj", take(x, going), x, precision="highest")  # nothing of (B, N, D) is normalised
     target = (place < count) & ~tokens.protected & tokens.alive
-    best_sim, match = best(jnp.where(target[:, None], sim, -jnp.inf))
+    best_sim, match = best(jnp.where(target[:, None], product / length[:, None], -jnp.inf))
+    best_sim = best_sim / take(length, going)
     goes = (take(place, going) >= count) & take(tokens.alive, going)
     index = jnp.arange(n, dtype=jnp.int32)
     owner = jnp.where((place < count) & tokens.alive, index, -1)
