@@ -6,7 +6,7 @@ SHELL := /bin/bash
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast thorough lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m tokred.demo
@@ -15,7 +15,10 @@ test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 fast: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not thorough"
+
+thorough: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -93,7 +93,7 @@ METHODS: dict[str, dict[str, Any]] = {
   "dynamicvit": _one("gumbel", tune=True)
   | dict(loss=dict(keep_ratio=2.0, distill_logits=0.5, distill_tokens=0.5), train=dict(mode="mask")),
   "avit": _one("avit", "all", tune=True) | dict(loss=dict(ponder=5e-4, halting_prior=1e-3), train=dict(mode="mask")),
-  "autoencoder": _one("autoencoder", "once", tune=True) | dict(train=dict(mode="mask")),
+  "autoencoder": _one("autoencoder", "once", tune=True, place="before", num_layers=1) | dict(train=dict(mode="mask")),
   # Routers
   "mod": _one("router", "alternate", tune=True, place="around"),
   "dyt": _one("dyt", "all", tune=True, hidden=8)

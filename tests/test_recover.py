@@ -58,7 +58,7 @@ def test_place_code():
 @pytest.fixture(scope="module")
 def learned():
   """A selector that has seen images whose tokens 4 to 7 are always the same, and 0 to 3 never."""
-  reducer = autoencoder.Autoencoder(layers=1, num_heads=1)
+  reducer = autoencoder.Autoencoder(num_layers=1, num_heads=1)
   known = jax.random.normal(jax.random.key(1), (1, 4, 8))
 
   def draw(key):

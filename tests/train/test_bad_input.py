@@ -73,7 +73,7 @@ MISTAKES = {
     ["config.rates.freeze_step=3", r"\['prune'\] move"],
   ),
   "budget": (site() | {"loss": {"budget": 1.0}}, ["config.loss.budget=1.0", "no site has rate='learned'"]),
-  "router": (site() | {"loss": {"router": 1.0}}, ["config.loss.router=1.0", "no site has place='around'"]),
+  "router": (site() | {"loss": {"router": 1.0}}, ["config.loss.router=1.0", "no site has reducer='router'"]),
   "keep ratio": ({"loss": {"keep_ratio": 1.0}}, ["config.loss.keep_ratio=1.0", "no sites"]),
   "consistency": ({"loss": {"consistency": 1.0}}, ["config.loss.consistency=1.0", "no sites"]),
   "teacher": ({"loss": {"distill_logits": 1.0}}, ["config.loss.distill_logits=1.0", "config.teacher"]),

@@ -75,21 +75,21 @@ class Autoencoder(Planner):
   places: ClassVar[tuple[str, ...]] = ("output", "before", "after")
   training_params: ClassVar[tuple[str, ...]] = ("reconstructor",)
 
-  layers: int = 2  # of the selector, and of the reconstructor
+  num_layers: int = 2  # of the selector, and of the reconstructor
   num_heads: int = 0  # 0: heads of 64 channels
   temperature: float = 1.0
   weight: float = 0.5
   share: float = 0.5  # of the free tokens; keeping fewer is not rewarded
 
   def macs(self, n: float, width: int, num_heads: int) -> float:
-    return self.layers * (12 * n * width * width + 2 * n * n * width) + 2 * n * width
+    return self.num_layers * (12 * n * width * width + 2 * n * n * width) + 2 * n * width
 
   @nn.compact
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     alive = tokens.alive
     z = jax.lax.stop_gradient(jnp.where(alive[..., None], tokens.x, 0).astype(jnp.float32))
     z = nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False)(z)
-    h = Layers(self.layers, self.num_heads, name="selector")(z, alive)
+    h = Layers(self.num_layers, self.num_heads, name="selector")(z, alive)
     logits = nn.Dense(2, name="logits")(nn.LayerNorm(epsilon=1e-6, name="norm")(h))
     margin = logits[..., 0] - logits[..., 1]
     report = {"score": margin}
@@ -97,7 +97,7 @@ class Autoencoder(Planner):
       noisy = (logits + jax.random.gumbel(self.make_rng("reduce"), logits.shape)) / self.temperature
       y = straight_through(noisy[..., 0] >= noisy[..., 1], jax.nn.softmax(noisy)[..., 0])
       y = jnp.where(tokens.protected, 1.0, y)  # these stay in any case
-      again = Reconstructor(self.layers, self.num_heads, name="reconstructor")(z, y, tokens.position, alive)
+      again = Reconstructor(self.num_layers, self.num_heads, name="reconstructor")(z, y, tokens.position, alive)
       report |= self.loss(z, again, y, alive & ~tokens.protected)
     return keep_top(tokens, margin, keep), report
 
