@@ -59,7 +59,9 @@ class KMeans(Planner):
     fit = fits(jax.lax.fori_loop(0, self.iterations, lloyd, take(z, order)))
     group = jnp.argmax(fit, axis=-1).astype(jnp.int32)
     member = (group[..., None] == index[:slots]) & free[..., None]
-    chief = jnp.argmax(jnp.where(member, fit, -jnp.inf), axis=1).astype(jnp.int32)  # (B, slots)
+    close = jnp.where(member, fit, -jnp.inf)
+    # Of two members both are as near to their mean: rounding must not choose between them.
+    chief = jnp.argmax(close >= close.max(1, keepdims=True) - 1e-5, axis=1).astype(jnp.int32)  # (B, slots)
     owner = take(chief, group)
     stays = (free & (owner == index)) | tokens.protected
     worst = rank(jnp.where(free & ~stays, fit.max(-1), jnp.inf))
