@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from tokred.reducers.base import Reducer, finish, merge_into, ranks, register
-from tokred.tokens import Array, Tokens, inverse
+from tokred.reducers.base import Reducer, finish, keep_top, register
+from tokred.tokens import Array, Tokens
 
 
 @register("avit")
@@ -66,8 +66,5 @@ def _cut(tokens: Tokens, score: Array, keep: Any, mode: str) -> Tokens:
   everything = tokens.replace(mask=jnp.ones(tokens.mask.shape, bool))
   if isinstance(keep, int) and keep >= tokens.x.shape[1]:
     return everything.replace(mask=jnp.ones(tokens.mask.shape, jnp.float32))
-  place = ranks(everything, score)
-  index = jnp.arange(place.shape[1], dtype=jnp.int32)
-  owner = jnp.where(place < jnp.asarray(keep), index, -1)
-  cut = finish(everything, merge_into(everything, owner, inverse(place)), keep, mode)
+  cut = finish(everything, keep_top(everything, score, keep), keep, mode)
   return cut.replace(mask=cut.mask.astype(jnp.float32))

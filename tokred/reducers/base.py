@@ -193,6 +193,11 @@ def keep_top(tokens: Tokens, score: Array, keep: Any, *, raster: bool = False) -
   return Plan(owner=jnp.where(kept, index, -1), order=inverse(place), gate=kept | ~tokens.alive)
 
 
+def decided(tokens: Tokens, kept: Array) -> Array:
+  """Order of a decision (B, N) bool: the protected, those it keeps, the others, the dead, each in their order."""
+  return inverse(rank(jnp.where(tokens.protected, -1, jnp.where(kept, 0, jnp.where(tokens.alive, 1, 2)))))
+
+
 def merge_into(tokens: Tokens, owner: Array, order: Array, share: Array | None = None) -> Plan:
   """The plan that averages each token into its owner.
 

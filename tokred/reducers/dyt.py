@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokred.reducers.base import Planner, keep_top, register
-from tokred.tokens import Array, Plan, Tokens, inverse, rank, straight_through
+from tokred.reducers.base import Planner, decided, keep_top, register
+from tokred.tokens import Array, Plan, Tokens, straight_through
 
 
 def dispatch(logits: Array, noise: Array, temperature: float) -> tuple[Array, Array]:
@@ -70,7 +70,7 @@ class DyT(Planner):
     index = jnp.arange(goes.shape[1], dtype=jnp.int32)
     # Who goes round owns itself, with a gate that is 0: the update it does without teaches the dispatcher.
     owner = jnp.where(tokens.alive, index, -1)
-    order = inverse(rank(jnp.where(tokens.protected, -1, jnp.where(goes, 0, jnp.where(tokens.alive, 1, 2)))))
+    order = decided(tokens, goes)
     free = tokens.alive & ~tokens.protected
     share = jnp.where(free, gate, 0.0).sum(1) / jnp.maximum(free.sum(1), 1)
     return Plan(owner=owner, order=order, gate=gate), report | {"kept_share": share}

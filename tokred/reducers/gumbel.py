@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokred.reducers.base import Planner, keep_top, register
-from tokred.tokens import Array, Plan, Tokens, inverse, rank, straight_through
+from tokred.reducers.base import Planner, decided, keep_top, register
+from tokred.tokens import Array, Plan, Tokens, straight_through
 
 
 class Predictor(nn.Module):
@@ -71,8 +71,7 @@ class Gumbel(Planner):
     gate = jnp.where(tokens.protected, 1.0, straight_through(keeps, jax.nn.softmax(noisy)[..., 0]))
     kept = keeps & tokens.alive
     index = jnp.arange(kept.shape[1], dtype=jnp.int32)
-    place = jnp.where(tokens.protected, -1, jnp.where(kept, 0, jnp.where(tokens.alive, 1, 2)))
-    order = inverse(rank(place))
+    order = decided(tokens, kept)
     share = (weight * gate).sum(1) / jnp.maximum(free.sum(1), 1)
     plan = Plan(owner=jnp.where(kept, index, -1), order=order, gate=gate)
     return plan, {"score": logits[..., 0], "kept_share": share}
