@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -425,3 +426,11 @@ def quieten_orbax() -> None:
   """Leaves out of the log what orbax says of each save, and what it raises anyway."""
   for name in ("absl", "asyncio"):
     logging.getLogger(name).addFilter(_quiet)  # a filter that is there already is not added twice
+  if sys.unraisablehook is sys.__unraisablehook__:
+    sys.unraisablehook = _late
+
+
+def _late(unraisable: Any) -> None:
+  """Passes over arrays whose writing ends after a failed save was given up: the save has raised already."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
