@@ -13,6 +13,7 @@ A gate multiplies after the exponential: the gradient then reaches keys that are
 kill, and a dead token keeps itself (Rao et al., 2021, DynamicViT; Chen et al., 2023, DiffRate).
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -78,14 +79,19 @@ def _matmul(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None
     logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
     v = jnp.where(mask[:, None, :, None], v, 0)  # zero times NaN is NaN
   # The largest logit is taken over dead keys too where gates learn, so that their exponentials stay finite.
-  weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-  if gate is not None:
-    own = jnp.eye(q.shape[2], dtype=bool)
-    weight = weight * jnp.where(own, 1.0, gate[:, None, None])
+  top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+  weight = jnp.exp(logits - top)
   # Dividing after the product saves a pass over the map.
-  total = weight.sum(-1, keepdims=True)
-  out = jnp.einsum("bhij,bhjd->bhid", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
-  return (out / total).astype(v.dtype)
+  product = functools.partial(jnp.einsum, "bhij,bhjd->bhid", preferred_element_type=jnp.float32)
+  if gate is None:
+    return (product(weight.astype(v.dtype), v) / weight.sum(-1, keepdims=True)).astype(v.dtype)
+  # So does a gate at the values; what a query that is switched off gives to itself is added.
+  own = jnp.einsum("bhid,bhid->bhi", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+  own = own if bias is None else own + bias[:, None]
+  own = jnp.exp(own[..., None] - top) * (1.0 - gate)[:, None, :, None]  # (B, H, N, 1)
+  total = jnp.einsum("bhij,bj->bhi", weight, gate)[..., None] + own
+  out = product(weight.astype(v.dtype), v * gate[:, None, :, None].astype(v.dtype))
+  return ((out + own * v) / total).astype(v.dtype)
 
 
 def _fused(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, within: Array | None) -> Array:
