@@ -1,14 +1,18 @@
 """Freezes and exports a model, and checks it: python export.py --workdir=runs/digits --output=exported."""
 
+import dataclasses
 import sys
 
 from absl import app, flags, logging
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, export or weights: what tokred.load takes.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
-_FORMATS = flags.DEFINE_list("formats", ["orbax", "stablehlo"], "Formats to write.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Of the StableHLO function; any where not given.")
+_FORMATS = flags.DEFINE_list("formats", ["orbax", "stablehlo"], "Of orbax, safetensors, stablehlo, onnx.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Of the functions; any where not given.")
 _PLATFORMS = flags.DEFINE_list("platforms", None, "Of the StableHLO function: cpu, cuda, rocm, tpu; this one's.")
+_DTYPE = flags.DEFINE_string("dtype", None, "Of activations and stored weights: float32, bfloat16; as it was trained.")
+_PREPROCESS = flags.DEFINE_boolean("preprocess", False, "Functions take uint8 images and give probabilities.")
+_LATENCY = flags.DEFINE_list("latency", [], "Batch sizes of the card's latency table, such as 1,8,64.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of config.data.data_dir.")
 
 
@@ -21,23 +25,30 @@ def main(argv: list[str]) -> None:
 
   try:
     trained = tokred.load(_WORKDIR.value)
-    if _DATA_DIR.value is not None:
-      with trained.config.unlocked():
+    with trained.config.unlocked():
+      if _DATA_DIR.value is not None:
         trained.config.data.data_dir = _DATA_DIR.value
-    frozen = tokred.freeze(trained)
+      trained.config.data.labels = tokred.data.label_names(trained.config.data)
+    frozen, sizes = tokred.freeze(trained), [int(size) for size in _LATENCY.value]
     accuracy = evaluate(frozen)["accuracy"]
     images, _ = examples(frozen, _BATCH_SIZE.value or 64)
+    latency = tokred.bench.compare(frozen, tokred.load(_WORKDIR.value, sites={}), sizes, rounds=5) if sizes else []
     tokred.export.save(
       trained,
       _OUTPUT.value,
       _FORMATS.value,
       batch_size=_BATCH_SIZE.value,
       platforms=_PLATFORMS.value,
+      dtype=_DTYPE.value,
+      preprocess=_PREPROCESS.value,
       accuracy=accuracy,
+      images=images,
+      latency=[dataclasses.asdict(row) for row in latency],
     )
-    differences = tokred.export.verify(_OUTPUT.value, images, trained(images).logits)
+    found = tokred.export.read_card(_OUTPUT.value)["verified"]["formats"]
   except (ValueError, OSError) as error:
     sys.exit(f"export.py: {' '.join(str(error).split())}")
+  differences = {name: values["difference"] for name, values in found.items()}
   print(f"tokens after each block {frozen.counts}, {frozen.flops / 1e9:.4g} GFLOPs, accuracy {accuracy:.4f}")
   print(f"largest difference of the logits, from a fresh process, on {len(images)} real images: {differences}")
 

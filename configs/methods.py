@@ -43,6 +43,9 @@ from tokred.config import arguments
 # Weights of an own loss, or settings of training, stand beside the sites: groups of the training config.  `tune`:
 # whether the method is fine-tuned; `freeze`: share of the steps after which learned rates are integers; `search`: how
 # counts are found.  `layers` are words of tokred.calibrate.LAYERS, and counts follow from the budget.
+# What decides starts from nothing beside weights that know their task: DynamicViT's authors give it 100 times the
+# learning rate of the backbone.
+FRESH = dict(optim=dict(multipliers=((r".*/reduce/.*", 20.0),)))
 RATE = dict(optim=dict(multipliers=((r".*/rate/.*", 100.0),)), loss=dict(budget=20.0), freeze=0.4, tune=True)
 
 
@@ -91,15 +94,18 @@ METHODS: dict[str, dict[str, Any]] = {
   "sigmoid": _one("tome", "every") | dict(search="sigmoid"),
   # Selectors
   "dynamicvit": _one("gumbel", tune=True)
+  | FRESH
   | dict(loss=dict(keep_ratio=2.0, distill_logits=0.5, distill_tokens=0.5), train=dict(mode="mask")),
   "avit": _one("avit", "all", tune=True) | dict(loss=dict(ponder=5e-4, halting_prior=1e-3), train=dict(mode="mask")),
   "autoencoder": _one("autoencoder", "once", tune=True, place="before", num_layers=1) | dict(train=dict(mode="mask")),
   # Routers
-  "mod": _one("router", "alternate", tune=True, place="around"),
+  "mod": _one("router", "alternate", tune=True, place="around") | FRESH,
   "dyt": _one("dyt", "all", tune=True, hidden=8)
   | dict(loss=dict(global_ratio=2.0, full_cross_entropy=1.0, full_distill=1.0, less=0), train=dict(mode="mask")),
   "skipvit": _one("topk", "once", tune=True, place="around", until=-2),
-  "spa": _one("spa", "alternate", tune=True, group=2) | dict(loss=dict(keep_ratio=2.0), train=dict(mode="mask")),
+  "spa": _one("spa", "alternate", tune=True, group=2)
+  | FRESH
+  | dict(loss=dict(keep_ratio=2.0), train=dict(mode="mask")),
   # Recovery
   "hot": dict(
     sites=dict(

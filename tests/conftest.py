@@ -20,7 +20,7 @@ SLOW += (
   "test_routing",
   "test_spa",
 )
-SLOW += ("test_recover", "test_sweep", "test_configs", "test_mctf", "test_loop")
+SLOW += ("test_export_formats", "test_recover", "test_sweep", "test_configs", "test_mctf", "test_loop")
 
 # The longest files first: a worker takes a file at a time, and the last one should not wait for a long one.
 FIRST = (

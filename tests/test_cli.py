@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 MICRO = (
   "model.width=16", "model.depth=1", "model.num_heads=2", "model.variant=mu/2", "train.batch_size=16",
   "data.train_split=train[:64]", "data.eval_split=test[:20]", "eval.batch_size=20", "sites.rates.layers=(0,)",
+  "loss.target=0.9",
 )  # fmt: skip
 TRAIN = ("train.py", "--config=configs/digits.py:learned,runlocal", *(f"--config.{field}" for field in MICRO))
 
@@ -53,9 +54,11 @@ def workdir(folder, call):
 
 @pytest.fixture(scope="module")
 def exported(folder, call, workdir):
-  printed = call("export.py", f"--workdir={workdir}", f"--output={folder / 'exported'}")
+  formats = "orbax,stablehlo,onnx"
+  printed = call("export.py", f"--workdir={workdir}", f"--output={folder / 'exported'}", f"--formats={formats}")
   differences = json.loads(printed[printed.rindex("{") :].replace("'", '"'))
-  assert differences.keys() == {"orbax", "stablehlo"} and max(differences.values()) < 1e-4
+  assert differences.keys() == set(formats.split(",")) and max(differences.values()) < 1e-4
+  assert "- labels: 0, 1, 2" in (folder / "exported" / "README.md").read_text()
   return folder / "exported"
 
 

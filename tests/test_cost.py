@@ -1,5 +1,6 @@
 """FLOPs against XLA's count and against the papers' figures."""
 
+import dataclasses
 import functools
 
 import jax
@@ -26,6 +27,8 @@ def model(sites=None, **fields):
     dict(variant="mu/2", depth=1, width=64, num_heads=4, image_size=(32, 32), num_classes=10, pool="map"),
     dict(variant="Ti/16", depth=2),
     dict(variant="S/16", depth=2, distilled=True),
+    dict(variant="S/14", depth=1, image_size=(56, 56), mlp="gated", activation="silu", mlp_dim=1024, pool="cls_avg"),
+    dict(variant="Ti/8", depth=1, image_size=(56, 56), position="rope2d", pre_norm=True, num_classes=0),
   ],
   ids=lambda f: f"{f['variant']}-{f.get('pool', 'cls')}",
 )
@@ -81,6 +84,9 @@ def test_macs_by_hand():
   sizes = cost.Sizes(width=2, mlp_dim=7, num_heads=1, patches=4, patch_dim=3, num_tokens=5, num_classes=5)
   assert cost.macs(sizes, Profile((3,), (2,), 2)) == 24 + 10 + 84 + 56
   assert cost.macs(sizes, Profile((3,), (2,), 2, extra_macs=6)) == 24 + 10 + 84 + 56 + 6
+  # gated: a third matrix of 2 x 2 x 7 = 28; a head that reads CLS and the mean: 10 more
+  gated = dataclasses.replace(sizes, gated=True, head_inputs=2)
+  assert cost.macs(gated, Profile((3,), (2,), 2)) == 24 + 20 + 84 + 56 + 28
 
 
 def test_min_st_hands_the_whole_gradient_to_every_count():

@@ -26,7 +26,9 @@ def config(**groups):
 
 def configs():
   rates = dict(reducer=("topk", "diffrate_merge"), layers=(0,), rate="learned")
-  return config(), config(sites=dict(rates=rates), loss=dict(budget=1.0, distill_logits=0.5), rates=dict(freeze_step=1))
+  return config(), config(
+    sites=dict(rates=rates), loss=dict(budget=1.0, target=0.8, distill_logits=0.5), rates=dict(freeze_step=1)
+  )
 
 
 @pytest.fixture(scope="module")

@@ -103,9 +103,9 @@ def test_the_card_says_what_it_is(exports):
   assert card["config"]["sites"]["rates"].keys() == {"reducer", "layers", "keep"}  # frozen
 
 
-def test_an_export_is_five_kinds_of_plain_files(exports):
+def test_an_export_is_plain_files(exports):
   names = {path.name for path in (exports[0] / "diffrate").iterdir()}
-  assert names == {"tokred.json", "manifest.json", "params", "model.stablehlo"}
+  assert names == {"README.md", "tokred.json", "manifest.json", "params", "model.stablehlo"}
   for path in (exports[0] / "diffrate").rglob("*"):
     assert path.is_dir() or not path.read_bytes()[:2] == b"\x80\x04", f"{path} is a pickle"
 
@@ -118,7 +118,7 @@ def test_a_fixed_batch_size_is_fixed(exports):
 
 def test_all_platforms_at_once(exports):
   model = exports[1]["diffrate"]
-  function = export._stablehlo(tokred.freeze(model), tokred.freeze(model).params, None, ("cpu", "cuda", "tpu"))
+  function = export.functions.stablehlo(tokred.freeze(model), platforms=("cpu", "cuda", "tpu"))
   assert jax.export.deserialize(bytearray(function)).platforms == ("cpu", "cuda", "tpu")
 
 
@@ -152,6 +152,7 @@ def test_other_folders_are_left_alone(plain, tmp_path):
     (dict(formats=()), "must be a list of names; valid: orbax, stablehlo"),
     (dict(platforms=("cpu", "gpu")), "platforms has 'gpu'; .*valid: cpu, cuda, rocm, tpu"),
     (dict(batch_size=0), "batch_size=0; valid: 1 or more"),
+    (dict(dtype="float16"), "dtype='float16'; did you mean 'bfloat16'.*valid: bfloat16, float32"),
   ],
 )
 def test_arguments(arguments, message, tmp_path):
@@ -226,7 +227,7 @@ def edit(**fields):
     ("tokred.json", cut, r"is damaged"),
     ("tokred.json", edit(gflops=0.1), r"is damaged: tokred\.json has"),
     ("tokred.json", edit(version=None), r"tokred\.json is damaged"),
-    ("tokred.json", edit(version=export.VERSION + 1), r"has layout 2, this tokred reads up to 1; upgrade tokred"),
+    ("tokred.json", edit(version=export.VERSION + 1), r"has layout 3, this tokred reads up to 2; upgrade tokred"),
   ],
 )
 def test_damage_is_told_by_every_reader(exported, name, damage, message):

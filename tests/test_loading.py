@@ -113,9 +113,9 @@ def test_a_file_of_weights(tmp_path):
 
 def test_weights_that_do_not_fit_list_both_sides(tmp_path):
   state = timm_state()
-  state["fc_norm.weight"] = state.pop("norm.weight")
+  state["last_norm.weight"] = state.pop("norm.weight")
   save_file(state, tmp_path / "vit.safetensors")
-  with pytest.raises(ValueError, match=r"vit\.safetensors.*config\.model: missing: norm/scale; left over: fc_norm"):
+  with pytest.raises(ValueError, match=r"vit\.safetensors.*config\.model: missing: norm/scale; left over: last_norm"):
     tokred.load(tmp_path / "vit.safetensors", model=MODEL)
 
 

@@ -69,7 +69,7 @@ def test_build_leaves_the_callers_config_alone():
     (dict(model=dict(variant="Q/2")), ("config.model.variant='Q/2'", "So400m")),
     (dict(model=dict(image_size=(7, 8))), ("config.model.image_size=(7, 8)", "patch 2")),
     (dict(model=dict(num_heads=3)), ("config.model.num_heads=3", "width=16")),
-    (dict(model=dict(pool="mean")), ("config.model.pool='mean'", "avg, cls, map")),
+    (dict(model=dict(pool="mean")), ("config.model.pool='mean'", "avg, cls, cls_avg, map")),
     (dict(model=dict(dtype="float16")), ("config.model.dtype='float16'", "bfloat16, float32")),
     (dict(model=dict(attention="flash")), ("config.model.attention='flash'", "matmul")),
     (dict(rates=dict(multiple_of=0)), ("config.rates.multiple_of=0", "1 or more")),

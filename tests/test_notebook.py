@@ -13,6 +13,7 @@ SMALL = {  # what a reader waits for, made small: (in the notebook, in the test)
   "warmup_steps=STEPS // 10": "warmup_steps=1",
   "layers=(1, 2, 3, 4, 5)": "layers=(0,)",
   "layers=(0, 1, 2, 3), r=8": "layers=(0,), r=4",
+  "target=0.5": "target=0.9",
   "batch_sizes=(1, 64))": "batch_sizes=(2,), rounds=1)",
 }
 

@@ -157,13 +157,13 @@ def test_dtype_and_sharding_follow_the_target(tmp_path):
 
 def test_mismatch_names_both_sides(tmp_path):
   state = timm_state()
-  state["fc_norm.weight"] = state.pop("norm.weight")
+  state["last_norm.weight"] = state.pop("norm.weight")
   state["head.weight"] = np.zeros((7, WIDTH), np.float32)
   with pytest.raises(ValueError) as error:
     load(tmp_path, state, like(model()))
   message = str(error.value)
   assert "missing: norm/scale;" in message
-  assert "left over: fc_norm.weight;" in message
+  assert "left over: last_norm.weight;" in message
   assert f"of another shape: head/kernel ({WIDTH}, 7) for ({WIDTH}, {CLASSES})" in message
   assert "\n" not in message
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "tokred"
 ROOMS = [  # from the bottom; a room may import those below it, not its neighbours
-  {"config", "files"},
+  {"config", "files", "lora"},
   {"tokens"},
   {"scores"},
   {"rates", "cost"},
@@ -13,14 +13,15 @@ ROOMS = [  # from the bottom; a room may import those below it, not its neighbou
   {"layout"},
   {"sites"},
   {"nn"},
-  {"losses", "pretrained", "sharding", "checkpoint", "model"},
+  {"losses", "sharding", "checkpoint", "model"},
+  {"pretrained"},
   {"data"},
   {"evaluate", "export", "bench", "viz", "calibrate", "probe"},
   {"loading"},
   {"train"},
-  {"demo", "testing", "sweep"},
+  {"demo", "predict", "testing", "sweep"},
 ]
-PACKAGES = {"reducers", "nn", "data", "train", "testing"}  # their files know each other
+PACKAGES = {"reducers", "nn", "pretrained", "data", "export", "train", "testing"}  # their files know each other
 
 
 def level(room):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tokred.config import complete
-from tokred.nn import vit
+from tokred.nn import block, rope, vit
 
 QUICK = {"xla_backend_optimization_level": 0}  # these programs run once: their time is that of the compiler
 
@@ -80,13 +80,18 @@ def test_real_sizes_by_shape(variant, size, tokens, millions):
     (dict(pool="avg"), 16, {"pos_embed"}),
     (dict(pool="map", position="sincos2d"), 16, {"pool"}),
     (dict(image_size=(8, 24), num_registers=1), 14, {"cls_token", "pos_embed", "registers"}),
+    (
+      dict(pool="avg", class_token=True, final_norm="pooled", pre_norm=True, activation="relu", norm_eps=1e-3),
+      17,
+      {"cls_token", "pos_embed", "pre_norm", "fc_norm"},
+    ),
   ],
-  ids=["cls", "registers", "distilled", "avg", "map", "wide"],
+  ids=["cls", "registers", "distilled", "avg", "map", "wide", "pooled"],
 )
 def test_options(fields, tokens, extra):
   module = make({"s": dict(reducer="tome", layers=(0,), r=3)}, **fields)
   variables = params(module)
-  common = {"patch_embed", "block_0", "block_1", "norm", "head"}
+  common = {"patch_embed", "block_0", "block_1", "head"} | (set() if "fc_norm" in extra else {"norm"})
   assert set(variables["params"]) == common | extra
   masked, gathered = (apply(module, variables, images(module), mode=mode) for mode in ("mask", "gather"))
   assert masked.tokens.x.shape == (2, tokens, 16) and gathered.counts == (tokens - 3,) * 2
@@ -122,6 +127,76 @@ def test_sincos2d_by_hand():
   want = [np.sin(x), np.sin(x * 1e-4), np.cos(x), np.cos(x * 1e-4), np.sin(y), np.sin(y * 1e-4), np.cos(y)]
   np.testing.assert_allclose(table[5], [*want, np.cos(y * 1e-4)], rtol=1e-6)
   assert table.shape == (6, 8) and table.dtype == np.float32
+
+
+def test_rope2d_by_hand():
+  # Grid 1 x 2, heads of 8: frequencies 1 and 100^(-1/2) = 1/10; centres (0, -1/2) and (0, 1/2) in units of 2 pi.
+  table = rope.rope2d((1, 2), 1, 8, 100.0)
+  quarter = np.array([0, 0, np.pi, np.pi / 10])
+  np.testing.assert_allclose(table, [np.zeros(8), -np.tile(quarter, 2), np.tile(quarter, 2)], atol=1e-6)
+  # By a quarter turn, channel i goes to i + 4 and that to -i; a token that moved is turned as at its old place.
+  x = jnp.arange(8.0).reshape(1, 1, 1, 8)
+  angles = jnp.stack([jnp.zeros(8), jnp.full(8, np.pi / 2)])
+  np.testing.assert_allclose(rope.turn(x, angles, jnp.array([[1]]))[0, 0, 0], [-4, -5, -6, -7, 0, 1, 2, 3], atol=1e-6)
+  np.testing.assert_array_equal(rope.turn(x, angles, jnp.array([[0]])), x)
+
+
+def test_rope2d_tells_only_how_far_apart_patches_are():
+  angles = jnp.asarray(rope.rope2d((3, 4), 0, 8, 100.0))
+  q, k = (jnp.asarray(np.random.default_rng(i).normal(size=(1, 1, 1, 8)), jnp.float32) for i in (0, 1))
+  dot = lambda i, j: (rope.turn(q, angles, jnp.array([[i]])) * rope.turn(k, angles, jnp.array([[j]]))).sum()  # noqa: E731
+  np.testing.assert_allclose(dot(0, 5), dot(6, 11), rtol=1e-4)  # one down, one to the right
+  assert abs(dot(0, 5) - dot(0, 6)) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["gelu_tanh", "quick_gelu", "silu", "relu"])
+def test_activations_by_hand(name):
+  x = np.array([-1.5, 0.0, 0.5, 2.0])
+  sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
+  wanted = {
+    "gelu_tanh": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": x * sigmoid(1.702 * x),
+    "silu": x * sigmoid(x),
+    "relu": np.maximum(x, 0),
+  }
+  np.testing.assert_allclose(block.ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), wanted[name], atol=1e-6)
+
+
+def test_gated_mlp_by_hand():
+  x = jnp.array([[[1.0, 2.0]]])
+  p = {name: {"kernel": jnp.full((2, 2), scale), "bias": jnp.zeros(2)} for name, scale in (("gate", 1.0), ("fc1", 0.5))}
+  p["fc2"] = {"kernel": jnp.eye(2), "bias": jnp.array([0.0, 1.0])}
+  # gate 3, value 1.5: relu(3) * 1.5 = 4.5
+  out = block.Mlp(2, activation="relu", gated=True).apply({"params": p}, x)
+  np.testing.assert_allclose(out, [[[4.5, 5.5]]])
+
+
+def test_without_a_head_the_logits_are_the_features():
+  module = make(pool="cls_avg", num_classes=0, depth=1, position="rope2d", patch_bias=False)
+  variables = params(module)
+  assert "head" not in variables["params"] and "pos_embed" not in variables["params"]
+  assert set(variables["params"]["patch_embed"]) == {"kernel"}
+  out = apply(module, variables, images(module))
+  np.testing.assert_array_equal(out.logits, out.features)
+  both = [out.tokens.x[:, 0], out.tokens.x[:, 1:].mean(1)]
+  np.testing.assert_allclose(out.logits, np.concatenate(both, axis=1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    (dict(activation="gelus"), r"config.model.activation='gelus' is unknown; did you mean 'gelu'"),
+    (dict(mlp="swiglu"), r"config.model.mlp='swiglu' is unknown"),
+    (dict(final_norm="token"), r"config.model.final_norm='token' is unknown; did you mean 'tokens'"),
+    (dict(num_classes=-1), r"config.model.num_classes=-1 must be 1 or more, or 0 for no head"),
+    (dict(norm_eps=0.0), r"config.model.norm_eps=0.0 must be positive"),
+    (dict(distilled=True, num_classes=0), r"distilled=True needs classes and final_norm='tokens' or 'none'"),
+    (dict(position="rope2d", num_heads=8), r"config.model.num_heads=8: heads of width=16 must be multiples of 4"),
+  ],
+)
+def test_errors_of_what_checkpoints_bring(fields, message):
+  with pytest.raises(ValueError, match=message):
+    make(**fields)
 
 
 def test_registers_have_no_position_and_stand_behind_cls():

@@ -42,7 +42,7 @@ _SEALS = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 # A run may be resumed with other values of these: they do not change what is learned.
 _MAY_CHANGE = re.compile(
-  r"train\.(log_every|eval_every|checkpoint_every|keep_checkpoints)|data\.(num_workers|prefetch|data_dir)"
+  r"train\.(log_every|eval_every|checkpoint_every|keep_checkpoints)|data\.(num_workers|prefetch|data_dir|labels)"
   r"|mesh\..*|eval\..*"
 )
 

@@ -15,7 +15,7 @@ def default() -> ConfigDict:
   """All fields and their defaults; lengths of time are in optimiser steps unless the name says epochs."""
   config = ConfigDict()
   config.seed = 0
-  config.init = ""  # where the weights come from: run directory, export or weights file; "" draws them anew
+  config.init = ""  # where the weights come from: a path or a name that `tokred.load` takes; "" draws them anew
 
   config.model = ConfigDict(
     dict(
@@ -27,11 +27,19 @@ def default() -> ConfigDict:
       mlp_dim=0,
       image_size=(224, 224),  # (height, width) in pixels, multiples of the patch
       channels=3,
-      num_classes=1000,
-      pool="cls",  # cls, avg (mean of the patches), map (attention pooling)
+      num_classes=1000,  # 0: no head, the logits are the features
+      pool="cls",  # cls, avg (mean of the patches), cls_avg (both, side by side), map (attention pooling)
+      class_token=False,  # a CLS token also where `pool` does not read it
       distilled=False,  # a distillation token with a head of its own; logits are the mean of both heads
       num_registers=0,  # register tokens after CLS, read by nobody
-      position="learned",  # learned, sincos2d
+      position="learned",  # learned, sincos2d, rope2d (queries and keys of patches are turned, as in DINOv3)
+      rope_theta=100.0,  # rope2d: base of the wavelengths
+      patch_bias=True,
+      pre_norm=False,  # a norm before the first block, as in CLIP
+      final_norm="tokens",  # the last norm: of all tokens, pooled (of what the head reads), none
+      norm_eps=1e-6,
+      mlp="plain",  # plain (two layers), gated (three: SwiGLU where the activation is silu)
+      activation="gelu",  # gelu (exact), gelu_tanh, quick_gelu, silu, relu
       layer_scale=0.0,  # initial value; 0: no LayerScale
       drop_path=0.0,  # stochastic depth at the last block; grows linearly from 0 at the first
       qkv_bias=True,
@@ -60,7 +68,8 @@ def default() -> ConfigDict:
       mean=(0.5, 0.5, 0.5),
       std=(0.5, 0.5, 0.5),
       resize="bilinear",  # nearest, bilinear, bicubic, lanczos
-      crop_fraction=1.0,  # evaluation: share of the shorter side that the central crop keeps
+      crop_fraction=1.0,  # evaluation: share of the shorter side that the central crop keeps; 0: squeezed, not cropped
+      labels=(),  # names of the classes, in the order of the logits; (): not known
       flip=False,
       pad_crop=0,  # pixels of padding before a random crop of the original size
       random_resized_crop=0.0,  # smallest share of the area; 0: off
@@ -101,13 +110,26 @@ def default() -> ConfigDict:
       b2=0.999,
       momentum=0.9,  # of optimisers that have one (sgd, rmsprop, lars, ...); 0: none
       weight_decay=0.05,
-      no_decay=(r".*(bias|scale|pos_embed|cls_token|dist_token|registers)$", r".*/rate/.*"),  # regexes of paths
+      no_decay=(  # regexes of paths
+        r".*(bias|scale|layer_scale\d|pos_embed|cls_token|dist_token|registers)$",
+        r".*/rate/.*",
+      ),
       multipliers=(),  # ((regex, factor), ...): the first match scales the learning rate
+      layer_decay=0.0,  # learning rate times this for each layer further from the head; 0 or 1: off
       freeze=(),  # regexes: parameters that never change
       freeze_until=(),  # ((regex, step), ...): parameters that do not change before the step
       clip_norm=1.0,  # 0: off
       clip_groups=(),  # ((regex, norm), ...): of the first match; a group has a norm of its own and none in clip_norm
       ema=0.0,  # decay of the average that is evaluated; 0: off
+    )
+  )
+
+  config.lora = ConfigDict(
+    dict(
+      rank=0,  # of the adapters beside frozen kernels; 0: none, everything trains as `optim` says
+      alpha=16.0,  # an adapter's product is scaled by alpha / rank
+      targets=(r"block_\d+/attn/(qkv|proj)/kernel",),  # regexes of paths: kernels that get one
+      train=(r"head(_dist)?/.*", r"(.*/)?reduce/.*"),  # regexes: what trains beside the adapters; the rest is frozen
     )
   )
 
@@ -129,7 +151,8 @@ def default() -> ConfigDict:
       full_distill=0.0,  # KL to its logits, which learn nothing from it
       router=0.0,  # cross-entropy of each router's logits against its choice
       temperature=1.0,  # of distill_logits
-      target=0.5,  # budget: share of the dense FLOPs
+      target=0.5,  # budget: what the reduced model shall cost, in `target_unit`
+      target_unit="fraction",  # of the dense multiply-adds; gflops, gmacs; tokens: mean of those that leave the blocks
       halting_depth=8.0,  # in blocks
       confidence=0.0,  # consistency: only for images whose label the model gives more than this probability
       less=-1,  # the less reduced pass: -1 without sites; r: each of their spots removes up to r tokens, drawn anew

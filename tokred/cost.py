@@ -27,6 +27,8 @@ class Sizes:
   num_classes: int
   num_heads_out: int = 1  # classification heads: 2 with a distillation token
   map_pool: bool = False
+  gated: bool = False  # an MLP of three layers
+  head_inputs: int = 1  # vectors that a head reads: 2 for CLS and the mean of the patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Profile:
   mlp: tuple[Any, ...]  # tokens in each layer's MLP
   final: Any  # tokens at the head
   extra_macs: Any = 0.0  # what the reducers compute themselves
+  leaving: tuple[Any, ...] = ()  # tokens that leave each block, where it is known
 
 
 def min_st(arriving: Any, counts: Sequence[Any]) -> Any:
@@ -56,15 +59,17 @@ def min_st(arriving: Any, counts: Sequence[Any]) -> Any:
 def macs(sizes: Sizes, profile: Profile) -> Any:
   """Multiply-adds of one image, as the papers count: 4 N D^2 + 2 N^2 D for attention, 2 N D mlp_dim for the MLP.
 
+  A gated MLP has 3 N D mlp_dim.
+
   Returns:
     A float, or a float32 scalar with a gradient where the profile is traced.
   """
   d = sizes.width
-  total = sizes.patches * d * sizes.patch_dim + sizes.num_heads_out * d * sizes.num_classes
+  total = sizes.patches * d * sizes.patch_dim + sizes.num_heads_out * sizes.head_inputs * d * sizes.num_classes
   for n in profile.attention:
     total = total + 4.0 * n * d * d + 2.0 * n * n * d
   for n in profile.mlp:
-    total = total + 2.0 * n * d * sizes.mlp_dim
+    total = total + (3.0 if sizes.gated else 2.0) * n * d * sizes.mlp_dim
   if sizes.map_pool:
     total = total + 2.0 * profile.final * d * (d + 1) + 2.0 * d * d + 2.0 * d * sizes.mlp_dim
   return total + profile.extra_macs

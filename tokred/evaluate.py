@@ -104,6 +104,8 @@ def evaluate(
   """
   if mode not in (None, "gather", "mask"):
     raise ValueError(f"mode={mode!r} is not a mode; valid: gather, mask")
+  if not isinstance(model, Model):
+    raise ValueError(f"{model!r} has no parameters to evaluate; export orbax or safetensors too")
   if model.params is None:
     raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
   result = run(model.module, model.params, _batches(model, split, batch_size), mode or model.mode)

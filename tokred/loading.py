@@ -1,4 +1,4 @@
-"""Models and parameters from paths: run directories, exports, weight files."""
+"""Models and parameters from paths: run directories, exports, weights that others wrote."""
 
 import dataclasses
 import os
@@ -7,63 +7,109 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import traverse_util
 
-from tokred import checkpoint, export, pretrained
+from tokred import checkpoint, export, lora, pretrained
 from tokred.config import complete
 from tokred.model import Model, build, init
+from tokred.nn.vit import shape
 from tokred.sharding import path_name
 
 
-def load(path: str | os.PathLike[str], sites: Mapping | None = None, model: Mapping | None = None) -> Model:
-  """A model with its parameters.
+def load(
+  path: str | os.PathLike[str], sites: Mapping | None = None, model: Mapping | None = None
+) -> Model | export.Exported:
+  """A model with its parameters; of an export without them, what runs its function (`tokred.export.Exported`).
 
   Args:
-    path: run directory (its last checkpoint, the average where there is one), export, or a file of weights
-      (timm's names, .safetensors).
+    path: run directory (its last checkpoint, the average where there is one), export, or weights: a directory in the
+      layout of transformers or timm, a file in timm's names (.safetensors) or of big_vision (.npz), or, where nothing
+      of that name lies here, a name on Hugging Face, such as "google/vit-base-patch16-224".
     sites: instead of the saved ones: {} for the dense model, or fields of `config.sites`; parameters of reducers that
       the file does not have are drawn anew.
-    model: fields of `config.model` where the file does not say.
+    model: fields of `config.model` instead of the saved ones, or where files of weights do not tell.  Of such files,
+      positions are resized for another `image_size`, the patch kernel for another patch, and the head is drawn anew for
+      other `num_classes`, with a warning.
 
   Raises:
     FileNotFoundError: nothing is there.
     ValueError: it is damaged, or does not fit the config; the message lists both sides.
   """
-  path = Path(path)
-  config = read_config(path).to_dict()
+  if (Path(path) / export.CARD).exists() and not export.has_params(path):
+    if sites is not None or model:
+      raise ValueError(f"{path} is a function without parameters: it takes no other sites or model; export orbax too")
+    return export.load(path)
+  source = _source(path)
+  model = dict(model or {})
+  config = read_config(path).to_dict() if source is None else source.config(model)
   if sites is not None:
     config["sites"] = dict(sites)
-  config["model"] = config["model"] | dict(model or {})
+  config["model"] = config["model"] | model
   made = build(config)
   target = jax.eval_shape(lambda: init(made.module, made.config.seed))
-  saved = {} if path.is_file() else read(path)  # a file of weights knows no reducers
-  if any(_is_reducer(name) for name in _flat(target).keys() - _flat(saved).keys()):
+  saved = _flat(read(path)) if source is None else source.arrays(target, made.module.shape.grid)
+  anew = [name for name, array in saved.items() if array is pretrained.ANEW]
+  if anew or any(_is_reducer(name) for name in _flat(target).keys() - saved.keys()):
     target = init(made.module, made.config.seed)
-  params = read(path, target) if path.is_file() else into(target, saved, str(path))
-  return dataclasses.replace(made, params=params)
+  return dataclasses.replace(made, params=into(target, saved, str(path)))
 
 
-def read_config(path: Path) -> Any:
-  """The config that was saved with the parameters of `read`."""
-  if (path / export.CARD).exists():
-    return export.read_config(path)
-  if (path / checkpoint.FOLDER).is_dir():
-    found = checkpoint.steps(path / checkpoint.FOLDER)  # the last one's config: its rates may be frozen
-    return checkpoint.read_config(path / checkpoint.FOLDER / str(found[-1]) if found else path)
-  if path.is_file():
-    return complete({})
-  raise FileNotFoundError(f"{path} is no run directory, export or file of weights")
+def _source(path: str | os.PathLike[str]) -> pretrained.Source | None:
+  """Files of weights, or None where a run directory or an export lies there."""
+  local = Path(path)
+  if (local / export.CARD).exists() or (local / checkpoint.FOLDER).is_dir():
+    return None
+  return pretrained.open_source(path)
 
 
-def read(path: str | os.PathLike[str], target: Any = None) -> dict[str, Any]:
-  """Parameters as a nested dict of numpy arrays; `target` names what a file of weights is to be translated to."""
+def read_config(path: str | os.PathLike[str], model: Mapping[str, Any] | None = None) -> Any:
+  """The config that was saved with the parameters of `read`, or what files of weights tell of it.
+
+  Args:
+    path: as in `load`.
+    model: fields of `config.model` that the user gives; files of weights must tell the rest.  None: what they do not
+      tell is as in `tokred.config.default()`.
+  """
+  source = _source(path)
+  if source is not None:
+    return complete(source.config(model or {}, strict=model is not None))
   path = Path(path)
   if (path / export.CARD).exists():
-    return export.read_params(path)
-  if path.is_dir():
-    return checkpoint.restore_params(path, "ema" if read_config(path).optim.ema else "params")
-  if not path.exists():
-    raise FileNotFoundError(f"{path} does not exist")
-  return pretrained.load_timm(path, target)
+    return export.read_config(path)
+  found = checkpoint.steps(path / checkpoint.FOLDER)  # the last one's config: its rates may be frozen
+  return checkpoint.read_config(path / checkpoint.FOLDER / str(found[-1]) if found else path)
+
+
+def read(path: str | os.PathLike[str], target: Any = None, model: Any = None) -> dict[str, Any]:
+  """Parameters as a nested dict of arrays.
+
+  Args:
+    path: as in `load`.
+    target: the parameter tree that files of weights are fitted to; these stay in their files until `into` reads them.
+    model: `config.model` of `target`, with which files of weights are compared.  Where both are given, positions, patch
+      kernel and head of a run directory or export are fitted as those of such files.
+
+  Raises:
+    FileNotFoundError: nothing is there.
+    ValueError: it is damaged, or `model` differs from the files in what their arrays do not show (activation, ...).
+  """
+  source = _source(path)
+  if source is not None:
+    if model is not None:
+      source.check(model)
+    loaded = source.arrays(target, None if model is None else shape(model).grid)
+    return traverse_util.unflatten_dict(loaded, sep="/")
+  path, config = Path(path), read_config(path)
+  if (path / export.CARD).exists():
+    params = export.read_params(path)
+  else:
+    params = checkpoint.restore_params(path, "ema" if config.optim.ema else "params")
+    params = lora.merge(params, config.lora.alpha)
+  if target is None or model is None:
+    return params
+  own = {name: pretrained.Lazy(a.shape, a.dtype, lambda a=a: a) for name, a in _flat(params).items()}
+  source = pretrained.Source(str(path), {}, {}, lambda heads: (), shape(config.model).grid, own=own)
+  return traverse_util.unflatten_dict(source.arrays(target, shape(model).grid), sep="/")
 
 
 def into(target: Any, loaded: Any, source: str) -> Any:
@@ -73,7 +119,7 @@ def into(target: Any, loaded: Any, source: str) -> Any:
 
   Args:
     target: tree of arrays or of ShapeDtypeStructs.
-    loaded: nested dict of arrays.
+    loaded: nested dict of arrays, or a flat one by path.
     source: how errors name it.
 
   Raises:

@@ -9,7 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from tokred import cost
-from tokred.layout import Sites, Spot
+from tokred.layout import Sites, Spot, walk
 from tokred.nn.vit import Output, ViT
 from tokred.tokens import Array, Tokens, take
 
@@ -65,7 +65,7 @@ def keep_ratio(shares: Sequence[Array], targets: Sequence[float]) -> Array:
 
 
 def budget(macs: Array, dense: float, target: float) -> Array:
-  """(F / F_dense - target)^2.  (Chen et al., 2023, DiffRate, arXiv:2305.17997)
+  """(F / F_dense - target)^2, F in any unit.  (Chen et al., 2023, DiffRate, arXiv:2305.17997)
 
   The paper squares the gap in GMACs with weight 5; for DeiT-S (4.6 GMACs) that is a weight of 106 here.
   """
@@ -153,6 +153,54 @@ def dense_macs(module: ViT) -> float:
   return float(cost.macs(s.sizes(), Sites(module.sites.stack).profile(s.width, s.num_heads)))
 
 
+UNITS = ("fraction", "gflops", "gmacs", "tokens")
+
+
+def spent(module: ViT, unit: str, counts: Mapping[str, Any] | None = None) -> Any:
+  """What a pass costs in a unit of `config.loss.target_unit`, differentiable in the counts.
+
+  Args:
+    module: the model.
+    unit: "fraction" of the dense multiply-adds; "gmacs", which papers call GFLOPs; "gflops" as `Model.flops` counts;
+      "tokens": the mean over blocks of the tokens that leave them, protected ones counted.
+    counts: tokens out by site and spot, numbers or traced scalars; None: as fixed.
+  """
+  s = module.shape
+  profile = module.sites.profile(s.width, s.num_heads, counts)
+  if unit == "tokens":
+    return sum(profile.leaving) / len(profile.leaving)
+  price = cost.flops if unit == "gflops" else cost.macs
+  return price(s.sizes(), profile) / (dense_macs(module) if unit == "fraction" else 1e9)
+
+
+def dense(module: ViT, unit: str) -> float:
+  """What the same model without sites costs in a unit."""
+  return float(spent(module.clone(sites=Sites(module.sites.stack)), unit))
+
+
+def reachable(module: ViT, unit: str) -> tuple[float, float]:
+  """What a model with learned rates costs in a unit with all of them at their lowest, and at their highest."""
+
+  def at(lowest: bool) -> float:
+    kept: dict[str, dict[int, int]] = {}
+
+    def leave(spots: Sequence[Spot], n: int) -> int:
+      for spot in spots:
+        count = spot.keep if spot.rate != "learned" else n
+        if lowest and spot.rate == "learned":
+          count = max(min(spot.candidates) + spot.protected, spot.module().fewest(n, spot.protected))
+        elif lowest and spot.rate == "learned_threshold":
+          count = max(spot.protected, 1)
+        n = spot.module().recovered(n, module.sites.stack.num_tokens) if spot.type.recovers else min(n, count)
+        kept.setdefault(spot.site, {})[spot.index] = n
+      return n
+
+    walk(module.sites.stack.depth, module.sites.at, module.sites.stack.num_tokens, leave)
+    return float(spent(module, unit, kept))
+
+  return at(True), at(False)
+
+
 def terms(
   config: ConfigDict, module: ViT, output: Output, target: Array, teacher: Output | None, full: Output | None
 ) -> dict[str, Array]:
@@ -179,7 +227,12 @@ def terms(
       shares = reports("kept_share")
       out[name] = ratio(list(shares.values()), [spot.share for spot in shares]) if shares else jnp.zeros(())
   if config.budget:
-    out["budget"] = budget(macs(module, output), dense_macs(module), config.target)
+    if config.target_unit == "fraction":
+      out["budget"] = budget(macs(module, output), dense_macs(module), config.target)
+    else:  # as shares of the dense model too, so that the weight means the same in every unit
+      whole = dense(module, config.target_unit)
+      used = spent(module, config.target_unit, counts(module, output))
+      out["budget"] = budget(used, whole, config.target / whole)
   if config.ponder:
     ponder = max(reports("ponder").items(), key=lambda item: item[0].layer)[1]
     out["ponder"] = ponder.mean()

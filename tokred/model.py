@@ -148,6 +148,8 @@ def freeze(model: Model) -> Model:
   Raises:
     ValueError: the model has no parameters.
   """
+  if not isinstance(model, Model):
+    raise ValueError(f"{model!r} has no parameters to freeze; export orbax or safetensors too")
   model = _without_heads(model)
   spots = model.module.sites.spots
   learned = [index for index, spot in enumerate(spots) if spot.rate in rates.LEARNED]

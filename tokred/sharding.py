@@ -26,10 +26,11 @@ DEFAULT_RULES: Rules = (
   (r"attn/qkv/kernel", ("fsdp", None, "tensor", None)),  # (width, 3, heads, head_dim)
   (r"attn/qkv/bias", (None, "tensor", None)),  # (3, heads, head_dim)
   (r"attn/proj/kernel", ("tensor", None, "fsdp")),  # (heads, head_dim, width)
-  (r"mlp/fc1/kernel", ("fsdp", "tensor")),  # (width, hidden)
-  (r"mlp/fc1/bias", ("tensor",)),
+  (r"mlp/(fc1|gate)/kernel", ("fsdp", "tensor")),  # (width, hidden)
+  (r"mlp/(fc1|gate)/bias", ("tensor",)),
   (r"mlp/fc2/kernel", ("tensor", "fsdp")),  # (hidden, width)
   (r"patch_embed/kernel", (None, None, None, "fsdp")),  # (height, width, channels, width of the model)
+  (r"embed/embedding", ("tensor", "fsdp")),  # (vocabulary, width)
   (r"pos_embed", (None, None, "fsdp")),  # (1, tokens, width)
   (r"head/kernel", ("fsdp", None)),  # (width, classes)
 )
@@ -160,6 +161,33 @@ def _fit(spec: tuple, name: str, shape: tuple[int, ...], regex: str, mesh: Mesh)
       f"the rule ({regex!r}, {spec}) has {len(spec)} axes but {name} has shape {shape}; shorten the spec"
     )
   return tuple(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False))
+
+
+def spread(tree: Any, mesh: Mesh) -> Any:
+  """Shardings that leave each device its part of every array, whatever the array means: 1/N on N devices.
+
+  For what is only read, such as a teacher: a step gathers an array where it needs it.  One axis of the mesh after the
+  other cuts the dimension that is longest by then, of those that it divides; an axis that divides none copies.
+
+  Args:
+    tree: pytree of arrays or `jax.ShapeDtypeStruct`.
+    mesh: of `make_mesh`.
+
+  Returns:
+    The same tree of `NamedSharding`.
+  """
+
+  def sharding(leaf: Any) -> NamedSharding:
+    left, axes = list(np.shape(leaf)), [[] for _ in np.shape(leaf)]
+    for axis, size in sorted(mesh.shape.items(), key=lambda item: -item[1]):
+      fits = [d for d, length in enumerate(left) if size > 1 and length % size == 0]
+      if fits:
+        longest = max(fits, key=lambda d: left[d])
+        left[longest] //= size
+        axes[longest].append(axis)
+    return NamedSharding(mesh, PartitionSpec(*(tuple(names) or None for names in axes)))
+
+  return jax.tree.map(sharding, tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -353,8 +353,8 @@ def test_to_device_with_a_sharding():
   ("field", "value", "valid"),
   [
     ("resize", "cubic", "nearest, bilinear, bicubic, lanczos"),
-    ("crop_fraction", 0.0, "above 0, up to 1"),
-    ("crop_fraction", 1.2, "above 0, up to 1"),
+    ("crop_fraction", -0.1, "0 to 1"),
+    ("crop_fraction", 1.2, "0 to 1"),
     ("pad_crop", -1, "0 or more"),
     ("random_resized_crop", 1.5, "0 to 1"),
     ("randaugment_layers", -2, "0 or more"),

@@ -206,7 +206,10 @@ def test_fit():
   # 7 / 0.875 = 8: resized to 8x16, then rows 0 (0.5 rounds to even) to 6 and columns 4 (4.5) to 10.
   wanted = images.resize(image, (8, 16), "bicubic")[0:7, 4:11]
   np.testing.assert_array_equal(images.fit(image, (7, 7), 0.875, "bicubic"), wanted)
+  # 0 cuts nothing off: the whole image is squeezed.
+  np.testing.assert_array_equal(images.fit(image, (7, 7), 0.0, "bicubic"), images.resize(image, (7, 7), "bicubic"))
   square = image[:, :10]
+  assert images.fit(square, (10, 10), 0.0, "bicubic") is square
   assert images.fit(square, (10, 10), 1.0, "lanczos").base is not None  # a view: nothing was resampled
   for shape in ((3, 50), (50, 3), (31, 17)):
     for size in ((8, 8), (16, 8), (7, 13)):

@@ -75,5 +75,5 @@ def assert_close(a: dict[str, np.ndarray], b: dict[str, np.ndarray], atol: float
 def two_processes() -> ConfigDict:
   """What two processes train: learned rates that are frozen on the way, over a mesh of two devices."""
   optim = dict(name="sgd", momentum=0.0, lr=0.1, clip_norm=0.0, ema=0.5)
-  loss = dict(budget=1.0, target=0.6)
+  loss = dict(budget=1.0, target=0.85)
   return config(dict(rates=PAIR), mesh=dict(data=2), optim=optim, loss=loss, rates=dict(freeze_step=5))

@@ -218,7 +218,7 @@ class TestRunDirectory:
     with pytest.raises(ValueError, match=r"another config \(config.optim.lr: 0.003 there, 0.5 here\); use another"):
       train(config, workdir)
     assert len(compilations) == before
-    assert checkpoint.read_config(workdir) == micro.config()
+    assert checkpoint.read_config(workdir) == micro.config(data=dict(labels=tuple("0123456789")))
 
   def test_with_other_logging_is_resumed(self, workdir):
     assert train(micro.config(train=dict(log_every=2), eval=dict(batch_size=30)), workdir)["step"] == micro.STEPS

@@ -36,7 +36,7 @@ def recipes(dense):
       rates=dict(freeze_step=3),
       train=dict(accumulate=2, eval_every=4),
       optim=dict(ema=0.5, multipliers=((r".*/rate/.*", 100.0),)),
-      loss=dict(budget=20.0, target=0.6),
+      loss=dict(budget=20.0, target=0.85),
     ),
     "gumbel": micro.config(
       dict(select=dict(reducer="gumbel", layers=(1,), place="before", keep=0.5)),
@@ -83,7 +83,8 @@ def test_what_a_run_leaves(run):
   assert summary["accuracy"] <= summary["accuracy_top5"] <= 1 and summary["sites"] == {}
   assert summary["examples"] == 30 and summary["counts"] == [17, 17] and summary["step"] == micro.STEPS
   assert summary["gflops"] == pytest.approx(build(micro.config()).flops / 1e9)
-  assert loading.load(workdir).config == micro.config() == checkpoint.read_config(workdir)
+  named = micro.config(data=dict(labels=tuple("0123456789")))
+  assert loading.load(workdir).config == named == checkpoint.read_config(workdir)
   assert checkpoint.steps(workdir / checkpoint.FOLDER) == [3, 6]
   assert list(workdir.glob("events.out.tfevents*"))
   lines = micro.metrics(workdir)
@@ -221,7 +222,7 @@ def test_eight_devices_equal_one(one_device, stop_at, monkeypatch, tmp_path):
     model=dict(depth=4),
     optim=SGD,
     train=dict(steps=4),
-    loss=dict(budget=1.0, keep_ratio=1.0, router=0.1),
+    loss=dict(budget=1.0, target=0.7, keep_ratio=1.0, router=0.1),
   )
   train(config, tmp_path / "one")
   one = micro.state(tmp_path / "one")
@@ -290,7 +291,7 @@ def test_frozen_backbone_and_moving_rates(one_device, tmp_path):
     dict(rates=micro.PAIR),
     train=dict(steps=3, checkpoint_every=1, keep_checkpoints=3),
     optim=dict(freeze=(r"(?!.*/rate/).*",), multipliers=((r".*_0_topk/rate/.*", 100.0), (r".*/rate/.*", 0.0))),
-    loss=dict(budget=20.0, target=0.6),
+    loss=dict(budget=20.0, target=0.85),
   )
   train(config, tmp_path)
   first = checkpoint.restore_params(tmp_path, "params", step=1)

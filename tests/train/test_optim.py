@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from tokred.config import default
-from tokred.train.optim import ema_update, make_optimizer, make_schedule, optimizer_names
+from tokred.train.optim import ema_update, frozen, layer_factors, make_optimizer, make_schedule, optimizer_names
 
 
 def optim(**fields):
@@ -299,3 +299,54 @@ def test_groups_are_clipped_on_their_own():
   np.testing.assert_allclose(new["head"]["kernel"], [-2.0], rtol=1e-6)
   with pytest.raises(ValueError, match=r"config.optim.clip_groups: \('a', -1.0\) is not a \(regex, norm\) pair"):
     make_optimizer(optim(clip_groups=(("a", -1.0),)), tree(), 10)
+
+
+# --- layer decay
+
+
+def test_layer_decay_by_path():
+  """Two blocks, decay 0.5: embeddings 0.5^3, block_0 0.5^2, block_1 0.5^1, behind them and reducers 1."""
+  factors = {
+    "patch_embed/kernel": 0.125,
+    "pos_embed": 0.125,
+    "cls_token": 0.125,
+    "registers": 0.125,
+    "block_0/attn/qkv/kernel": 0.25,
+    "block_0/reduce/s/rate/logits": 1.0,
+    "lora/block_0/attn/qkv/kernel/a": 0.25,
+    "block_1/mlp/fc1/bias": 0.5,
+    "norm/scale": 1.0,
+    "head/kernel": 1.0,
+    "reduce/out/w": 1.0,
+  }
+  assert layer_factors(list(factors), 0.5) == list(factors.values())
+  assert layer_factors(list(factors), 0.0) == layer_factors(list(factors), 1.0) == [1.0] * len(factors)
+
+
+def test_layer_decay_scales_the_update_beside_multipliers():
+  # lr 0.1, gradient 1: block_0 0.1 * 0.5^2 * 10, block_1 0.1 * 0.5, head 0.1
+  zeros = jax.tree.map(jnp.zeros_like, tree())
+  new, _ = run(optim(layer_decay=0.5, multipliers=((".*/block_0/.*", 10.0),)), zeros, ones(zeros))
+  np.testing.assert_allclose(new["encoder"]["block_0"]["bias"], [-0.25], rtol=1e-6)
+  np.testing.assert_allclose(new["encoder"]["block_1"]["bias"], [-0.05], rtol=1e-6)
+  np.testing.assert_allclose(new["head"]["kernel"], [-0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("decay", "params", "message"),
+  [(1.5, tree(), "config.optim.layer_decay=1.5; valid: 0 to 1"), (0.5, {"w": 1.0}, "needs parameters named block_0")],
+)
+def test_layer_decay_errors(decay, params, message):
+  with pytest.raises(ValueError, match=message):
+    make_optimizer(optim(layer_decay=decay), params, 10)
+
+
+def test_fixed_parameters_are_frozen_too():
+  config, params = optim(name="adamw"), tree()
+  transform, _ = make_optimizer(config, params, 10, fixed={"head/kernel"})
+  state = transform.init(params)
+  updates, _ = transform.update(ones(params), state, params)
+  assert bits(optax.apply_updates(params, updates)["head"]["kernel"]) == bits(params["head"]["kernel"])
+  assert not any("head" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
+  never = frozen(optim(freeze=(".*block_0.*",)), params, fixed={"head/kernel"})
+  assert never["head"]["kernel"] and never["encoder"]["block_0"]["bias"] and not never["encoder"]["block_1"]["bias"]

@@ -1,7 +1,7 @@
 """Images and labels: where they come from (`sources`), how they vary (`augment`), how they arrive (`pipeline`)."""
 
 from tokred.data.pipeline import EvalBatches, TrainBatches, check, eval_batches, to_device, train_batches
-from tokred.data.sources import DataInfo, Source, describe, open_source
+from tokred.data.sources import DataInfo, Source, describe, label_names, open_source
 
 __all__ = [
   "DataInfo",
@@ -11,6 +11,7 @@ __all__ = [
   "check",
   "describe",
   "eval_batches",
+  "label_names",
   "open_source",
   "to_device",
   "train_batches",

@@ -139,7 +139,7 @@ class TrainBatch:
     pixels, label = self.examples.gather(np.array([self._example_at(place) for place in places.tolist()]))
     if self.changes:
       pixels = [self._change(*pair) for pair in zip(pixels, places.tolist(), strict=True)]
-    batch = {"image": _normalise(pixels, self.mean_std), "label": label}
+    batch = {"image": normalise(pixels, self.mean_std), "label": label}
     if any(self.mixing):
       target = np.zeros((len(label), self.num_classes), np.float32)
       target[np.arange(len(label)), label] = 1
@@ -176,11 +176,11 @@ class EvalBatch:
     image, label = np.zeros((self.batch_size, *self.image_shape), np.float32), np.zeros(self.batch_size, np.int32)
     if mask.any():
       pixels, label[mask] = self.examples.gather(places[mask])
-      image[mask] = _normalise(pixels, self.mean_std)
+      image[mask] = normalise(pixels, self.mean_std)
     return {"image": image, "label": label, "mask": mask}
 
 
-def _normalise(pixels: np.ndarray | list[np.ndarray], mean_std: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def normalise(pixels: np.ndarray | list[np.ndarray], mean_std: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
   """(x / 255 - mean) / std in two passes over the batch: float32 (batch, height, width, channels)."""
   mean, std = mean_std
   image = np.asarray(pixels) * (1 / (255 * std))

@@ -52,10 +52,14 @@ def resize(image: np.ndarray, size: tuple[int, int], method: str, box: tuple[flo
 def fit(image: np.ndarray, size: tuple[int, int], crop_fraction: float, method: str) -> np.ndarray:
   """The view of evaluation: resize until `size / crop_fraction` is just covered, then the central `size`.
 
+  Where `crop_fraction` is 0 nothing is cut off: the whole image is squeezed into `size`.
+
   Rounding follows what the field trains with: the covering side is floored, the crop is centred by rounding. An image
   that already has that size is not resampled.
   """
   height, width = image.shape[:2]
+  if not crop_fraction:
+    return image if (height, width) == tuple(size) else resize(image, size, method)
   covering = max(int(size[0] / crop_fraction) / height, int(size[1] / crop_fraction) / width)
   # The small constant undoes float error where a side times the ratio should be whole.
   resized = (int(height * covering + 1e-6), int(width * covering + 1e-6))

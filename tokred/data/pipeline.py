@@ -109,7 +109,8 @@ def eval_batches(
     batch_size=batch_size,
     process=(process_index, process_count),
   )
-  return EvalBatches(batch_at, -(-len(source) // (batch_size * process_count)), config_data.num_workers)
+  num_batches = -(-len(source) // (batch_size * process_count))
+  return EvalBatches(batch_at, num_batches, config_data.num_workers, source.label_names)
 
 
 class TrainBatches:
@@ -164,6 +165,7 @@ class EvalBatches:
   batch_at: Callable[[int], Batch]
   num_batches: int
   num_workers: int
+  label_names: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return self.num_batches
@@ -211,7 +213,7 @@ def check(config_data: ConfigDict, channels: int) -> None:
   share = (lambda value: 0 <= value <= 1, "0 to 1")
   rules = {
     "resize": (lambda value: value in images.RESIZE, ", ".join(images.RESIZE)),
-    "crop_fraction": (lambda value: 0 < value <= 1, "above 0, up to 1"),
+    "crop_fraction": (lambda value: 0 <= value <= 1, "0 to 1"),
     "pad_crop": at_least_0,
     "random_resized_crop": share,
     "randaugment_layers": at_least_0,

@@ -55,6 +55,27 @@ def describe(config_data: ConfigDict) -> DataInfo:
   return DataInfo(config_data.name, len(names), names, len(train), len(held_out), train.channels)
 
 
+def label_names(config_data: ConfigDict) -> tuple[str, ...]:
+  """Names of the classes: `config.data.labels`, or what the data set is known to say; () where nobody knows.
+
+  Nothing is downloaded.
+  """
+  if config_data.labels:
+    return tuple(config_data.labels)
+  try:
+    if config_data.name == "digits":
+      return tuple(map(str, range(10)))
+    if config_data.name == "image_folder":
+      return folder.scan(config_data.data_dir)[0]
+    import tensorflow_datasets as tfds
+
+    with _quiet():
+      place = {"data_dir": config_data.data_dir} if config_data.data_dir else {}
+      return tuple(tfds.builder(config_data.name, **place).info.features["label"].names)
+  except Exception:  # names are a courtesy: without the files of the data set indices must do
+    return ()
+
+
 def open_source(config_data: ConfigDict, split: str, field: str = "eval_split") -> Source:
   """The examples of `split`.
 

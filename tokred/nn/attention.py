@@ -8,6 +8,7 @@ With e_ij = exp(q_i k_j / sqrt(d)) and w_j >= 0 the weight of key j:
   gate     w_j in {0, 1}, learned through   out_i = (sum_j e_ij w_j v_j + e_ii (1 - w_i) v_i) / (the same without v)
   mask     w_j in {0, 1}, nothing learned   a length per row: survivors are a prefix
   segment  w_ij = 1 where i and j are of one image, else 0; for images that share a row, instead of a mask
+  causal   w_ij = 1 where j does not come after i, else 0
 
 A gate multiplies after the exponential: the gradient then reaches keys that are switched off, which adding log(w) would
 kill, and a dead token keeps itself (Rao et al., 2021, DynamicViT; Chen et al., 2023, DiffRate).
@@ -15,6 +16,7 @@ kill, and a dead token keeps itself (Rao et al., 2021, DynamicViT; Chen et al., 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,16 +45,20 @@ def attend(
   size: Array | None = None,
   mask: Array | None = None,
   segment: Array | None = None,
+  causal: bool | Array = False,
   impl: str = "auto",
 ) -> Array:
   """Softmax attention.
 
   Args:
-    q: (B, H, N, d); so are k and v.
+    q: (B, H, N, d).
+    k: (B, H, N, d), or of fewer heads, each of which serves H / heads queries in a row; so is v.
     size: (B, N) float32 positive weights of the keys; None: ones.
     mask: (B, N); bool masks dead keys (they must follow the survivors), float32 gates them and passes gradients;
       None: all alive.
     segment: (B, N) int32; tokens attend to those of the same number, -1 (nobody's) to each other.  All must be finite.
+    causal: whether tokens attend only to those that do not stand behind them; (B, N) int32: that do not have a larger
+      number, for tokens that stand in another order.
     impl: "auto", "matmul" or "fused".
 
   Returns:
@@ -64,12 +70,20 @@ def attend(
   if mask is not None and segment is not None:
     raise ValueError("attend takes a mask or segments; give who is dead segment -1")
   within = None if segment is None else (segment[:, :, None] == segment[:, None])[:, None]  # (B, 1, N, N)
-  kernel = _fused if implementation(impl) == "fused" else _matmul
+  fused = implementation(impl) == "fused"
+  if isinstance(causal, bool) and causal and fused and within is None and (mask is None or mask.dtype == bool):
+    return _fused(q, k, v, None if size is None else jnp.log(size), mask, None, causal=True)
+  if not isinstance(causal, bool) or causal:
+    order = jnp.arange(q.shape[2])[None] if isinstance(causal, bool) else causal
+    past = (order[:, :, None] >= order[:, None])[:, None]
+    within = past if within is None else within & past
+  kernel = _fused if fused else _matmul
   return kernel(q, k, v, None if size is None else jnp.log(size), mask, within)
 
 
 def _matmul(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, within: Array | None) -> Array:
   gate = mask if mask is not None and mask.dtype != bool else None
+  k, v = (a if a.shape[1] == q.shape[1] else jnp.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
   logits = jnp.einsum("bhid,bhjd->bhij", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
   if bias is not None:
     logits = logits + bias[:, None, None]
@@ -94,8 +108,12 @@ def _matmul(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None
   return ((out + own * v) / total).astype(v.dtype)
 
 
-def _fused(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, within: Array | None) -> Array:
+def _fused(
+  q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, within: Array | None, causal: bool = False
+) -> Array:
   gate = mask if mask is not None and mask.dtype != bool else None
+  if gate is not None and k.shape[1] != q.shape[1]:
+    k, v = (jnp.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
   scale, dim = q.shape[-1] ** -0.5, q.shape[-1]
   lengths = None
   if mask is not None and gate is None:
@@ -116,14 +134,16 @@ def _fused(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None,
     v = v * gate[:, None, :, None].astype(v.dtype)
     v = _append(v, jnp.broadcast_to(gate[:, None], v.shape[:3]).astype(v.dtype))
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 1), (0, 1))).at[:, :, -1, -1].set(1)
+    within = None if within is None else jnp.pad(within, ((0, 0),) * 3 + ((0, 1),), constant_values=True)
   width = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8 if (bias is not None or gate is not None) else dim
   q, k, v = (jnp.pad(a, ((0, 0),) * 3 + ((0, width - a.shape[-1]),)).swapaxes(1, 2) for a in (q, k, v))
   # Left to itself, JAX takes its XLA path everywhere; cuDNN's kernel wants 16 bits and heads of at most 128.
   cudnn = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
   cudnn = cudnn and (within is None or within.shape[-1] % 2 == 0)  # nor is it trained with a mask of odd length
   out = jax.nn.dot_product_attention(
-    q, k, v, mask=within, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn" if cudnn else None
-  ).swapaxes(1, 2)
+    q, k, v, mask=within, scale=scale, is_causal=causal, key_value_seq_lengths=lengths,
+    implementation="cudnn" if cudnn else None,
+  ).swapaxes(1, 2)  # fmt: skip
   if gate is None:
     return out[..., :dim]
   out = out.astype(jnp.float32)
@@ -147,6 +167,25 @@ def cls_attention(q: Array, k: Array, *, size: Array | None = None, mask: Array 
     return jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf)).mean(1)
   weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))) * mask[:, None]
   return (weight / weight.sum(-1, keepdims=True)).mean(1)
+
+
+def last_attention(q: Array, k: Array, *, last: Array | None = None, size: Array | None = None, **_: Any) -> Array:
+  """The row of one token of the causal map, averaged over heads: (B, N) float32, zero behind it.
+
+  Args:
+    q: (B, H, N, d).
+    k: (B, H, N, d), or of fewer heads.
+    last: (B,) int32, whose row; None: that of the token that stands last.
+    size: (B, N) float32 weights of the keys.
+  """
+  batch, heads, n, dim = q.shape
+  last = jnp.full(batch, n - 1) if last is None else last
+  row = jnp.take_along_axis(q, last[:, None, None, None], axis=2)[:, :, 0].reshape(batch, k.shape[1], -1, dim)
+  logits = jnp.einsum("bhgd,bhjd->bhgj", row, k, preferred_element_type=jnp.float32) * dim**-0.5
+  if size is not None:
+    logits = logits + jnp.log(size)[:, None, None]
+  seen = jnp.arange(n) <= last[:, None]
+  return jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf)).reshape(batch, heads, n).mean(1)
 
 
 ROWS = 256  # maps with more queries than this are computed in blocks of as many rows, and again in the backward pass
@@ -257,6 +296,8 @@ def pagerank(
 FEATURES = {
   "cls_attention": lambda q, k, v, **kwargs: cls_attention(q, k, **kwargs),  # (B, N) float32
   "column_mean": lambda q, k, v, **kwargs: column_mean(q, k, **kwargs),  # (B, N) float32
+  "last_attention": lambda q, k, v, **kwargs: last_attention(q, k, **kwargs),  # (B, N) float32
+  "last_attention_ahead": lambda q, k, v, **kwargs: last_attention(q, k, **kwargs),
   "query": lambda q, k, v, **_: q.swapaxes(1, 2),  # (B, N, H, d)
   "key": lambda q, k, v, **_: k.swapaxes(1, 2),
   "value": lambda q, k, v, **_: v.swapaxes(1, 2),

@@ -13,6 +13,7 @@ from flax import struct
 from tokred import tokens as tk
 from tokred.layout import PLACES, Sites
 from tokred.nn import attention
+from tokred.nn.rope import rope2d, turn
 from tokred.sites import Reduce
 from tokred.tokens import Array, Tokens
 
@@ -48,13 +49,14 @@ class Attention(nn.Module):
   qk_norm: bool = False
   dtype: Any = jnp.float32
   impl: str = "auto"
+  norm_eps: float = 1e-6
 
   def setup(self) -> None:
     self.qkv = Projection(self.num_heads, self.qkv_bias, self.dtype)
     self.proj = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype)
     if self.qk_norm:
-      self.q_norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
-      self.k_norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+      self.q_norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
+      self.k_norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype)
 
   def __call__(self, x: Array) -> tuple[Array, Array, Array]:
     """(B, N, D) to queries, keys and values, (B, H, N, d) each."""
@@ -81,16 +83,29 @@ def gelu(x: Array) -> Array:
   return 0.5 * x * (1.0 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
+ACTIVATIONS = {
+  "gelu": gelu,
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
+  "silu": jax.nn.silu,
+  "relu": jax.nn.relu,
+}
+
+
 class Mlp(nn.Module):
-  """Two layers with an exact GELU between them."""
+  """fc2(act(fc1 x)); gated, fc2(act(gate x) * fc1 x).  (Shazeer, 2020, SwiGLU and others, arXiv:2002.05202)"""
 
   hidden: int
   dtype: Any = jnp.float32
+  activation: str = "gelu"
+  gated: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
+    activation = ACTIVATIONS[self.activation]
     h = nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(gelu(h))
+    h = activation(nn.Dense(self.hidden, dtype=self.dtype, name="gate")(x)) * h if self.gated else activation(h)
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(h)
 
 
 @struct.dataclass
@@ -153,9 +168,12 @@ class Block(nn.Module):
     size = tokens.size if self.sites.proportional(layer, mode) else None
     if size is not None and mask is not None and mask.dtype == bool:
       size = jnp.where(mask, size, 1.0)
-    attend = Attention(shape.width, shape.num_heads, c.qkv_bias, c.qk_norm, dtype, c.attention, name="attn")
-    norm = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name="norm1")
+    attend = Attention(shape.width, shape.num_heads, c.qkv_bias, c.qk_norm, dtype, c.attention, c.norm_eps, name="attn")
+    norm = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="norm1")
     q, k, v = attend(norm(tokens.x))
+    if c.position == "rope2d":
+      angles = jnp.asarray(rope2d(shape.grid, shape.num_prefix_tokens, q.shape[-1], c.rope_theta))
+      q, k = turn(q, angles, tokens.position), turn(k, angles, tokens.position)
     needs = self.sites.needs(layer)
     feats = {name: value for name, value in tokens.feats.items() if name.startswith("state/")}
     feats |= {n: attention.FEATURES[n](q, k, v, size=size, mask=mask) for n in needs if n in attention.FEATURES}
@@ -178,8 +196,9 @@ class Block(nn.Module):
 
   def _mlp(self, x: Array, train: bool) -> Array:
     dtype = jnp.dtype(self.config.dtype)
-    norm = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name="norm2")
-    return self._branch(Mlp(self.shape.mlp_dim, dtype, name="mlp")(norm(x)), "2", train)
+    norm = nn.LayerNorm(epsilon=self.config.norm_eps, dtype=dtype, name="norm2")
+    mlp = Mlp(self.shape.mlp_dim, dtype, self.config.activation, self.shape.gated, name="mlp")
+    return self._branch(mlp(norm(x)), "2", train)
 
   def _branch(self, update: Array, name: str, train: bool) -> Array:
     """LayerScale and stochastic depth (a whole sample's branch at a time)."""

@@ -1,5 +1,6 @@
 """Vision Transformer (Dosovitskiy et al., 2020, arXiv:2010.11929) with places for reducers in every block."""
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from tokred import tokens as tk
 from tokred.config import nearest
 from tokred.layout import Sites, Stack
 from tokred.nn import attention
-from tokred.nn.block import Block, Mlp
+from tokred.nn.block import ACTIVATIONS, Block, Mlp
 from tokred.sites import Reduce, parse
 from tokred.tokens import Array, Tokens
 
@@ -29,17 +30,24 @@ VARIANTS = {  # width, depth, mlp_dim, num_heads
   "H": (1280, 32, 5120, 16),
   "g": (1408, 40, 6144, 16),
 }
-CHOICES = {"pool": ("cls", "avg", "map"), "position": ("learned", "sincos2d"), "dtype": ("float32", "bfloat16")}
+CHOICES = {
+  "pool": ("cls", "avg", "cls_avg", "map"),
+  "position": ("learned", "sincos2d", "rope2d"),
+  "final_norm": ("tokens", "pooled", "none"),
+  "mlp": ("plain", "gated"),
+  "activation": tuple(ACTIVATIONS),
+  "dtype": ("float32", "bfloat16"),
+}
 
 
 @struct.dataclass
 class Output:
   """What a model returns."""
 
-  logits: Array  # (B, classes) float32
+  logits: Array  # (B, classes) float32; the features where there is no head
   counts: Any  # tokens leaving each block: ints in gather mode, else means over the batch, float32
   tokens: Tokens  # after the final norm
-  features: Array  # (B, D) float32, what the head reads
+  features: Array  # (B, D) float32, what the head reads; (B, 2 D) where pool="cls_avg"
   aux: dict[str, Any]  # "reduce/<site>/<name>": what its spots report, by their index; "owner/<layer>": (B, S) int32;
   # "tokens/<layer>": (B, N, D) as they leave the block
 
@@ -59,6 +67,7 @@ class Shape(struct.PyTreeNode):
   has_cls: bool = struct.field(pytree_node=False)
   pool: str = struct.field(pytree_node=False)
   distilled: bool = struct.field(pytree_node=False)
+  gated: bool = struct.field(pytree_node=False)
 
   @property
   def num_tokens(self) -> int:
@@ -68,7 +77,7 @@ class Shape(struct.PyTreeNode):
     patches, patch_dim = self.grid[0] * self.grid[1], self.channels * self.patch**2
     return cost.Sizes(
       self.width, self.mlp_dim, self.num_heads, patches, patch_dim, self.num_tokens, self.num_classes,
-      1 + self.distilled, self.pool == "map",
+      1 + self.distilled, self.pool == "map", self.gated, 1 + (self.pool == "cls_avg"),
     )  # fmt: skip
 
   def stack(self) -> Stack:
@@ -105,20 +114,30 @@ def shape(config: ConfigDict) -> Shape:
   patch = int(match[2])
   if len(config.image_size) != 2 or any(not isinstance(s, int) or s < patch or s % patch for s in config.image_size):
     raise ValueError(f"config.model.image_size={config.image_size} must be (height, width), multiples of patch {patch}")
-  if config.num_classes < 1:
-    raise ValueError(f"config.model.num_classes={config.num_classes} must be at least 1")
+  if config.num_classes < 0:
+    raise ValueError(f"config.model.num_classes={config.num_classes} must be 1 or more, or 0 for no head")
   if config.distilled and config.pool != "cls":
     raise ValueError(f"config.model.distilled=True needs pool='cls', not {config.pool!r}")
+  if config.distilled and (config.final_norm == "pooled" or not config.num_classes):
+    raise ValueError(
+      f"config.model.distilled=True needs classes and final_norm='tokens' or 'none', not "
+      f"num_classes={config.num_classes} and {config.final_norm!r}"
+    )
   if config.position == "sincos2d" and width % 4:
     raise ValueError(f"config.model.width={width} must be a multiple of 4 for position='sincos2d'")
+  if config.position == "rope2d" and width // heads % 4:
+    raise ValueError(f"config.model.num_heads={heads}: heads of width={width} must be multiples of 4 for 'rope2d'")
+  for field in ("norm_eps", "rope_theta"):
+    if config[field] <= 0:
+      raise ValueError(f"config.model.{field}={config[field]} must be positive")
   if not 0.0 <= config.drop_path < 1.0:
     raise ValueError(f"config.model.drop_path={config.drop_path} must be in [0, 1)")
-  cls = config.pool == "cls"
+  cls = config.class_token or config.pool in ("cls", "cls_avg")
   prefix = int(cls) + int(config.distilled) + config.num_registers
   grid = (config.image_size[0] // patch, config.image_size[1] // patch)
   return Shape(
     width, depth, mlp_dim, heads, patch, grid, prefix, config.channels, config.num_classes, cls, config.pool,
-    config.distilled,
+    config.distilled, config.mlp == "gated",
   )  # fmt: skip
 
 
@@ -136,6 +155,8 @@ class AttentionPool(nn.Module):
   num_heads: int
   hidden: int
   dtype: Any = jnp.float32
+  activation: str = "gelu"
+  norm_eps: float = 1e-6
 
   @nn.compact
   def __call__(self, x: Array, mask: Array) -> Array:
@@ -143,9 +164,8 @@ class AttentionPool(nn.Module):
     probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width), jnp.float32).astype(x.dtype)
     attend = nn.MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype, name="attn")
     x = attend(jnp.broadcast_to(probe, (batch, 1, width)), x, mask=mask[:, None, None])
-    return (x + Mlp(self.hidden, self.dtype, name="mlp")(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)))[
-      :, 0
-    ]
+    norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
+    return (x + Mlp(self.hidden, self.dtype, self.activation, name="mlp")(norm(x)))[:, 0]
 
 
 class ViT(nn.Module):
@@ -173,10 +193,12 @@ class ViT(nn.Module):
       keeps: counts that replace those of a site, {site: (spots,) int}; traced only in mask mode.
     """
     s, c, dtype = self.shape, self.config, jnp.dtype(self.config.dtype)
-    x = nn.Conv(s.width, (s.patch, s.patch), (s.patch, s.patch), "VALID", dtype=dtype, name="patch_embed")(
+    patch, norm = (s.patch, s.patch), functools.partial(nn.LayerNorm, epsilon=c.norm_eps, dtype=dtype)
+    x = nn.Conv(s.width, patch, patch, "VALID", use_bias=c.patch_bias, dtype=dtype, name="patch_embed")(
       images.astype(dtype)
     )
     x = self._embed(x.reshape(x.shape[0], -1, s.width), dtype)
+    x = norm(name="pre_norm")(x) if c.pre_norm else x
     tokens, aux, counts = tk.start(x, s.num_prefix_tokens), {}, []
     layer_type = nn.remat(Block, static_argnums=(4, 5)) if c.remat else Block
     scope = None
@@ -189,16 +211,19 @@ class ViT(nn.Module):
         tokens.x.shape[1] // tokens.images if mode == "gather" else tokens.mask.astype(jnp.float32).sum(1).mean()
       )
     tokens, report = Reduce(self.sites.at(-1, "output"), name="reduce")(tokens, "output", keeps, train=train, mode=mode)
-    tokens = tokens.replace(x=nn.LayerNorm(epsilon=1e-6, dtype=dtype, name="norm")(tokens.x), feats={})
+    tokens = tokens.replace(x=norm(name="norm")(tokens.x) if c.final_norm == "tokens" else tokens.x, feats={})
     pooled = self._pool(tokens, dtype)
-    logits = nn.Dense(s.num_classes, kernel_init=nn.initializers.zeros, name="head")(pooled.astype(jnp.float32))
+    pooled = (norm(name="fc_norm")(pooled) if c.final_norm == "pooled" else pooled).astype(jnp.float32)
+    logits = pooled
+    if s.num_classes:
+      logits = nn.Dense(s.num_classes, kernel_init=nn.initializers.zeros, name="head")(pooled)
     if s.distilled:
       dist = nn.Dense(s.num_classes, kernel_init=nn.initializers.zeros, name="head_dist")(
         tokens.x[:, 1].astype(jnp.float32)
       )
       aux = aux | {"logits_dist": dist}
       logits = (logits + dist) / 2
-    return Output(logits, tuple(counts), tokens, pooled.astype(jnp.float32), _extend(aux, report))
+    return Output(logits, tuple(counts), tokens, pooled, _extend(aux, report))
 
   def _embed(self, x: Array, dtype: Any) -> Array:
     """Prefix tokens and positions; registers stand behind CLS and have no position."""
@@ -207,8 +232,10 @@ class ViT(nn.Module):
     extra = [self.param(name, normal, (1, 1, s.width), jnp.float32) for name in prefix]
     if c.position == "learned":
       position = self.param("pos_embed", normal, (1, x.shape[1] + len(prefix), s.width), jnp.float32)
-    else:
+    elif c.position == "sincos2d":
       position = jnp.concatenate([jnp.zeros((1, len(prefix), s.width)), sincos2d(s.grid, s.width)], axis=1)
+    else:
+      position = jnp.zeros((), jnp.float32)
     parts = [jnp.broadcast_to(e, (x.shape[0], 1, s.width)).astype(dtype) for e in extra]
     x = jnp.concatenate([*parts, x], axis=1) + position.astype(dtype)
     if not c.num_registers:
@@ -218,13 +245,16 @@ class ViT(nn.Module):
     return jnp.concatenate([x[:, : len(prefix)], registers, x[:, len(prefix) :]], axis=1)
 
   def _pool(self, tokens: Tokens, dtype: Any) -> Array:
-    if self.shape.pool == "cls":
+    s, c = self.shape, self.config
+    if s.pool == "cls":
       return tokens.x[:, 0]
     patches = tokens.alive & ~tokens.protected
-    if self.shape.pool == "map":
-      return AttentionPool(self.shape.num_heads, self.shape.mlp_dim, dtype, name="pool")(tokens.x, patches)
+    if s.pool == "map":
+      pool = AttentionPool(s.num_heads, s.mlp_dim, dtype, c.activation, c.norm_eps, name="pool")
+      return pool(tokens.x, patches)
     total = jnp.where(patches[..., None], tokens.x, 0).astype(jnp.float32).sum(1)
-    return total / jnp.maximum(patches.sum(1, keepdims=True), 1)
+    mean = total / jnp.maximum(patches.sum(1, keepdims=True), 1)
+    return mean if s.pool == "avg" else jnp.concatenate([tokens.x[:, 0].astype(jnp.float32), mean], axis=-1)
 
 
 def _extend(aux: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

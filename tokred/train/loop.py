@@ -10,16 +10,18 @@ import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from tokred import checkpoint, evaluate, loading, sharding
+from tokred import checkpoint, evaluate, loading, lora, pretrained, sharding
 from tokred import data as tokred_data
 from tokred.config import complete
 from tokred.files import write_json
@@ -67,6 +69,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
   phase = Phase(config, mesh, total)
   checkpoint.check_config(workdir, config)
   batches, eval_batches = _data(config)
+  for kept in (config, phase.config):  # whoever loads the model shall know what its classes are called
+    with kept.unlocked():
+      kept.data.labels = kept.data.labels or tuple(eval_batches.label_names)
   teacher = _teacher(phase)
   state = None if checkpoint.steps(workdir / checkpoint.FOLDER) else _first_state(phase)
   checkpoint.write_config(workdir, config)  # only here: what fails before leaves no run that could be in the way
@@ -132,7 +137,7 @@ class _Run:
   def evaluate(self, state: Any, final: bool = False) -> dict[str, Any]:
     """On the evaluation split: in the form that ships at the end, with whatever compiles less before."""
     params = state.get("ema", state["params"])
-    model = Model(self.phase.config, self.phase.module, params)
+    model = Model(self.phase.config, self.phase.module, lora.merge(params, self.phase.config.lora.alpha))
     model = freeze(model) if final else model
     result = evaluate.run(model.module, model.params, self.eval_batches, model.mode, self.phase.mesh)
     if not final:
@@ -227,22 +232,42 @@ def _first_state(phase: Phase) -> Any:
   """State at step 0, sharded; weights of `config.init` over what was drawn."""
   c = phase.config
   if c.init:
-    loading.read_config(Path(c.init))  # a path that does not exist is to be told before anything is compiled
+    loading.read_config(c.init)  # a path that does not exist is to be told before anything is compiled
   params = sharding.init_sharded(lambda: init(phase.module, c.seed), mesh=phase.mesh, rules=phase.rules)
   if c.init:
-    params = loading.into(params, loading.read(c.init, params), f"config.init={c.init}")
+    params = loading.into(params, loading.read(c.init, params, c.model), f"config.init={c.init}")
   return jax.jit(phase.new_state, out_shardings=phase.shardings)(params)
 
 
 def _teacher(phase: Phase) -> Any:
-  """Parameters of the dense teacher, or None where no term asks for one."""
+  """Parameters of the dense teacher by path, or None where no term asks for one.
+
+  Each device holds its part of them only, and the student's frozen ones are left out where both come from one file:
+  the step takes the student's.
+  """
   c = phase.config
   if not any(c.loss[name] for name in ("distill_logits", "distill_tokens", "distill_tokens_kl", "recalibration")):
     return None
   path = c.teacher or c.init
   dense = without_sites(phase.module)
-  target = sharding.abstract_sharded(lambda: init(dense, c.seed), mesh=phase.mesh, rules=phase.rules)
-  return loading.into(target, loading.read(path, target), f"config.teacher={path}")
+  target = jax.eval_shape(lambda: init(dense, c.seed))
+  places = sharding.spread(target, phase.mesh)
+  target = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), target, places)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a head that is drawn anew is told of where the student is loaded
+    loaded = loading.read(path, target, c.model)
+  anew = [name for name, leaf in traverse_util.flatten_dict(loaded, sep="/").items() if leaf is pretrained.ANEW]
+  if anew and c.loss.distill_logits:
+    raise ValueError(
+      f"config.loss.distill_logits={c.loss.distill_logits}, but the teacher {path} has no head of "
+      f"config.model.num_classes={c.model.num_classes}; fine-tune the dense model first and name it in config.teacher, "
+      "or set the weight to 0.0"
+    )
+  if anew:  # nobody reads this head
+    target = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), target)
+  params = loading.into(target, loaded, f"config.teacher={path}")
+  shared = phase.frozen if path == c.init else frozenset()
+  return {name: leaf for name, leaf in traverse_util.flatten_dict(params, sep="/").items() if name not in shared}
 
 
 class _on_sigterm:

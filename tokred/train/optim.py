@@ -5,14 +5,15 @@ parameter is an error, since it is a misspelling that would otherwise train the 
 
 Order of one update, for the parameters that are not in `freeze`:
 
-    gradient -> clip by norms -> optimiser with weight decay and learning rate -> multiplier -> freeze_until
+    gradient -> clip by norms -> optimiser with weight decay and learning rate -> multiplier and layer decay
+    -> freeze_until
 """
 
 import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,9 @@ from tokred.sharding import path_name
 
 SCHEDULES = ("constant", "cosine", "linear")
 # lbfgs wants the loss function, noisy_sgd a random key, rprop, sm3 and optimistic_adam a learning rate without schedule
+# Parameters below the first block, of the ViT's module names; "lora/" may stand before them.
+_BELOW = re.compile(r"(.*/)?(patch_embed|pos_embed|cls_token|dist_token|registers|mask_token|pre_norm)(/.*)?")
+_IN_BLOCK = re.compile(r"(?:.*/)?block_(\d+)/.*")
 _UNFIT = ("lbfgs", "noisy_sgd", "rprop", "sm3", "optimistic_adam")
 
 
@@ -70,7 +74,7 @@ def make_schedule(config_optim: ConfigDict, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-  config_optim: ConfigDict, params: Any, total_steps: int, strict: bool = True
+  config_optim: ConfigDict, params: Any, total_steps: int, strict: bool = True, fixed: Collection[str] = ()
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The optimiser that `config.optim` describes, for parameters of this structure.
 
@@ -87,6 +91,7 @@ def make_optimizer(
   by group, so that a selector whose gradient explodes does not stop the backbone from learning.  0 clips nothing.
 
   `multipliers` scale the finished update, so the learning rate with its decay; of several regexes the first counts.
+  `layer_decay` does so on top of them, see `layer_factors`.
   `freeze`: no update, no optimiser state, no share in the clipped norm. `freeze_until`: no update before the step,
   while moments are gathered and the gradient counts in the norm, as with a learning rate of zero. Frozen parameters
   stay identical to the bit.
@@ -96,6 +101,7 @@ def make_optimizer(
     params: tree of arrays or ShapeDtypeStructs; only paths and structure are read.
     total_steps: optimiser steps of the whole run.
     strict: whether a regex that matches nothing is an error; not so once the parameters that it meant are gone.
+    fixed: paths that are frozen besides those of `freeze`.
 
   Returns:
     (transformation, schedule). The transformation needs the parameters in `update`; its state holds one scalar count
@@ -113,34 +119,76 @@ def make_optimizer(
 
   may_miss = () if strict else None
   no_decay = _first_match("no_decay", config_optim.no_decay, names, may_miss=known if strict else None)
-  frozen = _first_match("freeze", config_optim.freeze, names, may_miss)
+  never = jax.tree.leaves(frozen(config_optim, params, strict, fixed))
   factors = _pairs("multipliers", config_optim.multipliers)
   scaled = _first_match("multipliers", [regex for regex, _ in factors], names, may_miss)
   steps = _pairs("freeze_until", config_optim.freeze_until)
   held = _first_match("freeze_until", [regex for regex, _ in steps], names, may_miss)
   norms = _pairs("clip_groups", config_optim.clip_groups)
   clipped = _first_match("clip_groups", [regex for regex, _ in norms], names, may_miss)
-  if all(index is not None for index in frozen):
-    raise ValueError(f"config.optim.freeze={tuple(config_optim.freeze)!r} matches every parameter; nothing would learn")
+  scales = [1.0 if i is None else float(factors[i][1]) for i in scaled]
+  scales = [a * b for a, b in zip(scales, layer_factors(names, config_optim.layer_decay), strict=True)]
 
   transforms = [optax.clip_by_global_norm(config_optim.clip_norm)] if config_optim.clip_norm and not norms else []
   decay_mask = treedef.unflatten([index is None for index in no_decay])
   transforms.append(_named_optimizer(config_optim, schedule, decay_mask))
   transform = optax.chain(*transforms)
-  if config_optim.freeze:
-    transform = optax.masked(transform, treedef.unflatten([index is None for index in frozen]))
+  if config_optim.freeze or fixed:
+    transform = optax.masked(transform, treedef.unflatten([not there for there in never]))
   stages = [transform]
   if norms:
     groups = [-1 if i is None else i for i in clipped]  # the last norm is that of the rest
-    groups = [None if there is not None else i for i, there in zip(groups, frozen, strict=True)]
+    groups = [None if there else i for i, there in zip(groups, never, strict=True)]
     stages.insert(0, _clip_by_group(groups, [*(float(norm) for _, norm in norms), config_optim.clip_norm]))
-  if factors:
-    stages.append(_scale(treedef.unflatten([1.0 if i is None else float(factors[i][1]) for i in scaled])))
-  if config_optim.freeze or steps:
+  if factors or any(scale != 1.0 for scale in scales):
+    stages.append(_scale(treedef.unflatten(scales)))
+  if config_optim.freeze or fixed or steps:
     until = [0 if i is None else int(steps[i][1]) for i in held]
-    until = [math.inf if i is not None else step for i, step in zip(frozen, until, strict=True)]
+    until = [math.inf if there else step for there, step in zip(never, until, strict=True)]
     stages.append(_hold(treedef.unflatten(until)))
   return optax.chain(*stages), schedule
+
+
+def frozen(config_optim: ConfigDict, params: Any, strict: bool = True, fixed: Collection[str] = ()) -> Any:
+  """The tree of `params` with True where a parameter never changes; arguments and errors as `make_optimizer`."""
+  paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+  names = [path_name(path) for path, _ in paths]
+  matches = _first_match("freeze", config_optim.freeze, names, () if strict else None)
+  never = [index is not None or name in fixed for index, name in zip(matches, names, strict=True)]
+  if all(never):
+    raise ValueError(f"config.optim.freeze={tuple(config_optim.freeze)!r} matches every parameter; nothing would learn")
+  return treedef.unflatten(never)
+
+
+def layer_factors(names: Sequence[str], decay: float) -> list[float]:
+  """Factor of each parameter's learning rate: decay to the power of its distance from the head.
+
+  With L blocks: embeddings decay^(L + 1), block i (from 0) decay^(L - i), what comes after the blocks 1.  (Clark et
+  al., 2020, ELECTRA, arXiv:2003.10555; as Bao et al., 2021, BEiT, arXiv:2106.08254, count)  Parameters of reducers,
+  under `reduce/`, are new wherever they stand and are not decayed; adapters count with the block of their kernel.
+
+  Args:
+    names: paths of the parameters.
+    decay: `config.optim.layer_decay`; 0 and 1: all factors are 1.
+
+  Raises:
+    ValueError: a decay outside of [0, 1], or no blocks to count.
+  """
+  if not 0 <= decay <= 1:
+    raise ValueError(f"config.optim.layer_decay={decay}; valid: 0 to 1, where 0 and 1 are off")
+  if decay in (0, 1):
+    return [1.0] * len(names)
+  blocks = [_IN_BLOCK.fullmatch(name) for name in names]
+  if not any(blocks):
+    raise ValueError(f"config.optim.layer_decay={decay} needs parameters named block_0/...; set it to 0.0")
+  depth = 1 + max(int(block[1]) for block in blocks if block)
+
+  def distance(name: str, block: re.Match[str] | None) -> int:
+    if "reduce" in name.split("/"):
+      return 0
+    return depth - int(block[1]) if block else (depth + 1 if _BELOW.fullmatch(name) else 0)
+
+  return [decay ** distance(name, block) for name, block in zip(names, blocks, strict=True)]
 
 
 def ema_update(ema: Any, params: Any, decay: float, step: jax.Array | int | None = None) -> Any:

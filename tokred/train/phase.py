@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from tokred import sharding
+from tokred import lora, losses, sharding
 from tokred import sites as tokred_sites
+from tokred.config import nearest
 from tokred.model import build, init
 from tokred.nn.vit import ViT
 from tokred.train import optim
@@ -47,12 +48,24 @@ class Phase:
     _check_sites(config, self.module)
     self.scheduled = {spot.site for spot in self.module.sites.spots if spot.rate == "scheduled"}
     params = jax.eval_shape(lambda: init(self.module, config.seed))
-    self.optimizer, self.schedule = optim.make_optimizer(config.optim, params, total_steps, strict=not frozen)
+    whole = jax.eval_shape(self.adapted, params)
+    names = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(whole)]
+    fixed = lora.frozen(names, config.lora)
+    never = optim.frozen(config.optim, whole, not frozen, fixed)
+    self.optimizer, self.schedule = optim.make_optimizer(config.optim, whole, total_steps, not frozen, fixed)
+    self.frozen = {name for name, there in zip(names, jax.tree.leaves(never), strict=True) if there}
+    learns = [name for name in names if name not in self.frozen and "rate" not in name.split("/")]
+    if 0 < config.rates.freeze_step < total_steps and not learns and not frozen:
+      raise ValueError(
+        f"config.rates.freeze_step={config.rates.freeze_step}: config.optim.freeze leaves only rates to learn, and "
+        "nothing behind that step; set it to 0: they are frozen at the end in any case"
+      )
     self.rules = sharding.make_rules(config.mesh)
     self.target = sharding.abstract_sharded(self.new_state, params, mesh=mesh, rules=self.rules)
     # The state comes out as it went in: else XLA chooses, and a run that is resumed would not be the same program.
     out = (self.shardings, NamedSharding(mesh, PartitionSpec()))
-    step = make_step(config, self.module, self.optimizer, self.mode)
+    places = dict(zip(names, jax.tree.leaves(self.shardings["params"]), strict=True))
+    step = make_step(config, self.module, self.optimizer, self.mode, never, places)
     self.step = functools.partial(
       jax.jit(step, donate_argnums=0, out_shardings=out), seed=np.uint32(config.seed % 2**32)
     )
@@ -69,8 +82,12 @@ class Phase:
   def shardings(self) -> State:
     return jax.tree.map(lambda leaf: leaf.sharding, self.target)
 
+  def adapted(self, params: Any) -> Any:
+    """The module's parameters with the adapters of `config.lora`."""
+    return lora.add(params, self.config.lora, self.config.seed)
+
   def new_state(self, params: Any) -> State:
-    return init_state(params, self.optimizer, self.config.optim.ema)
+    return init_state(self.adapted(params), self.optimizer, self.config.optim.ema)
 
   def keeps(self, step: int) -> dict[str, np.ndarray] | None:
     """What moves at a step, an input of the compiled step: counts of scheduled sites, options that are annealed."""
@@ -94,7 +111,10 @@ def check(config: ConfigDict) -> None:
     if not valid(value):
       raise ValueError(f"config.{name}={value!r}; valid: {words}")
   for field, value in config.loss.items():
-    if field == "less":
+    if field == "target_unit":
+      if value not in losses.UNITS:
+        raise ValueError(f"config.loss.target_unit={value!r} is not a unit; {nearest(value, losses.UNITS)}")
+    elif field == "less":
       if value < -1:
         raise ValueError(f"config.loss.less={value!r}; valid: -1, or a number of tokens, 0 or more")
     elif not 0 <= value < float("inf"):
@@ -138,3 +158,11 @@ def _check_sites(config: ConfigDict, module: ViT) -> None:
   for term, (there, problem) in acts.items():
     if config.loss[term] and not there:
       raise ValueError(f"config.loss.{term}={config.loss[term]} has nothing to act on: {problem}; set it to 0.0")
+  if config.loss.budget:
+    target, unit = config.loss.target, config.loss.target_unit
+    low, high = losses.reachable(module, unit)
+    if not low * (1 - 1e-6) <= target <= high * (1 + 1e-6):
+      raise ValueError(
+        f"config.loss.target={target:g} with target_unit={unit!r} cannot be reached: with rates at their bounds sites "
+        f"{costed} leave {low:.4g} to {high:.4g} (dense: {losses.dense(module, unit):.4g}); valid: in between"
+      )

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from ml_collections import ConfigDict
 
-from tokred import losses
+from tokred import lora, losses
 from tokred.evaluate import counts_by_site
 from tokred.model import without_sites
 from tokred.nn.vit import ViT
@@ -25,28 +26,35 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, ema: float)
   return state | ({"ema": params} if ema else {})
 
 
-def make_step(config: ConfigDict, module: ViT, optimizer: optax.GradientTransformation, mode: str) -> Any:
+def make_step(
+  config: ConfigDict, module: ViT, optimizer: optax.GradientTransformation, mode: str, frozen: Any, whole: Any
+) -> Any:
   """The training step, to be jitted with a donated state.
 
   Args:
-    config: the whole config; read are `loss`, `train.accumulate` and `optim.ema`.
+    config: the whole config; read are `loss`, `lora`, `train.accumulate` and `optim.ema`.
     module: the student.
     optimizer: of `tokred.train.optim.make_optimizer`.
     mode: "mask" or "gather".
+    frozen: tree of bool as the parameters, of `tokred.train.optim.frozen`: no gradient of these is computed.
+    whole: shardings by path that a teacher's parameters, which are spread over all devices, take on in the step.
 
   Returns:
     step(state, batch, keeps, teacher, seed) -> (state, metrics): keeps are counts of scheduled sites or None, teacher
-    the parameters of the dense teacher or None, seed a uint32, an input so that all seeds share one program; metrics
-    are float32 scalars, the terms of the loss by their names.
+    the parameters of the dense teacher by path, or None; those that are missing are the student's own, which are frozen
+    then; seed a uint32, an input so that all seeds share one program; metrics are float32 scalars, the terms of the
+    loss by their names.
   """
   weights, dense = config.loss, without_sites(module)
 
-  def loss(params: Any, batch: dict, rng: jax.Array, keeps: Any, teacher: Any) -> tuple[jax.Array, dict]:
+  def loss(own: Any, batch: dict, rng: jax.Array, keeps: Any, teacher: Any) -> tuple[jax.Array, dict]:
+    own = jax.tree.map(lambda leaf, fixed: jax.lax.stop_gradient(leaf) if fixed else leaf, own, frozen)
+    params = lora.merge(own, config.lora.alpha)
     streams = dict(zip(("dropout", "reduce", "full"), jax.random.split(rng, 3), strict=True))
     images, classes = batch["image"], module.shape.num_classes
     target = batch["target"] if "target" in batch else jax.nn.one_hot(batch["label"], classes)
     output = module.apply({"params": params}, images, train=True, mode=mode, keeps=keeps, rngs=streams)
-    taught = None if teacher is None else dense.apply({"params": teacher}, images)
+    taught = None if teacher is None else dense.apply({"params": _overlay(own, teacher, whole)}, images)
     full = None
     if weights.consistency or weights.full_cross_entropy or weights.full_distill:
       full = _less_reduced(module, weights.less, params, images, streams["full"])
@@ -70,6 +78,14 @@ def make_step(config: ConfigDict, module: ViT, optimizer: optax.GradientTransfor
     return new, metrics | {"grad_norm": optax.tree.norm(grads)}
 
   return step
+
+
+def _overlay(own: Any, teacher: Mapping[str, jax.Array], whole: Mapping[str, Any]) -> dict[str, Any]:
+  """Parameters of the teacher, its frozen ones being the student's; what only the student has means nothing to it."""
+  flat = traverse_util.flatten_dict(jax.lax.stop_gradient(own), sep="/")
+  # Else XLA may compute with a kernel in parts, which rounds otherwise and sends activations around instead.
+  gathered = {name: jax.lax.with_sharding_constraint(leaf, whole[name]) for name, leaf in teacher.items()}
+  return traverse_util.unflatten_dict(flat | gathered, sep="/")
 
 
 def _less_reduced(module: ViT, less: int, params: Any, images: jax.Array, rng: jax.Array) -> Any:

@@ -1,0 +1,283 @@
+"""What a trained model leaves behind: a folder with everything that running it needs, checked when it is read.
+
+    exported/
+      README.md          the model card, for people
+      tokred.json        the same for programs: format version, frozen config and the one it came from, counts, ...
+      manifest.json      size and SHA-256 of every file
+      params/            the parameters (orbax)
+      model.safetensors  the parameters by name, "block_0/attn/qkv/kernel"
+      model.stablehlo    the whole model as a function of images, weights included (jax.export)
+      model.onnx         likewise, for runtimes without JAX
+
+The folder is written under a temporary name and renamed when it is whole.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+import tokred
+from tokred import checkpoint, files
+from tokred.config import complete, nearest
+from tokred.export import functions
+from tokred.export.card import markdown
+from tokred.export.folder import (
+  CARD,
+  FORMATS,
+  FUNCTION,
+  GRAPH,
+  PARAMS,
+  README,
+  VERSION,
+  WEIGHTS,
+  ExportError,
+  check_replaceable,
+  read_card,
+  replacing,
+)
+from tokred.export.functions import PLATFORMS
+from tokred.export.runtime import Exported, Scores, load_exported, load_onnx, load_stablehlo
+from tokred.model import Model, build, freeze
+from tokred.pretrained.arrays import read_safetensors
+
+__all__ = [
+  "CARD",
+  "FORMATS",
+  "PLATFORMS",
+  "VERSION",
+  "ExportError",
+  "Exported",
+  "Scores",
+  "compare",
+  "differences",
+  "has_params",
+  "load",
+  "load_exported",
+  "load_onnx",
+  "load_stablehlo",
+  "read_card",
+  "read_config",
+  "read_params",
+  "save",
+  "verify",
+]
+DTYPES = ("float32", "bfloat16")
+
+
+def save(
+  model: Model,
+  directory: str | os.PathLike[str],
+  formats: Sequence[str] = ("orbax", "stablehlo"),
+  *,
+  batch_size: int | None = None,
+  platforms: Sequence[str] | None = None,
+  dtype: str | None = None,
+  preprocess: bool = False,
+  accuracy: float | None = None,
+  images: np.ndarray | None = None,
+  latency: Sequence[dict[str, Any]] = (),
+) -> Model:
+  """Writes a model; learned rates are frozen first.
+
+  Args:
+    model: with parameters.
+    directory: must not exist, or be an export, which is replaced.
+    formats: any of "orbax" and "safetensors" (parameters), "stablehlo" and "onnx" (functions).
+    batch_size: of the functions; None: any (a symbolic dimension).
+    platforms: that the StableHLO function shall run on, of "cpu", "cuda", "rocm", "tpu"; None: this one.
+    dtype: of activations and stored weights, "float32" or "bfloat16" (ONNX graphs compute in float32); None: as the
+      config says, and weights in float32.
+    preprocess: functions take uint8 images of the model's size, normalise them and give probabilities.
+    accuracy: of the frozen model, for the card.
+    images: real ones, (B, height, width, channels) float32 as the model takes them: every format is compared with the
+      model in a fresh process before the folder takes its name, and the card tells the largest difference.
+    latency: rows of `tokred.bench.compare` as dicts, for the card.
+
+  Returns:
+    The frozen model, as it was written.
+
+  Raises:
+    ValueError: an unknown format, platform or dtype, no parameters, or a directory that holds something else.
+    ExportError: the directory cannot be written, or does not run; what was there before is still there.
+  """
+  _check(formats, platforms, batch_size, dtype)
+  source, trained, directory = model.config, model, Path(directory).absolute()
+  model = freeze(model)
+  if model.params is None:
+    raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
+  if preprocess and not model.config.model.num_classes:
+    raise ValueError("preprocess=True gives probabilities, but config.model.num_classes=0: the model has no head")
+  check_replaceable(directory)
+  if "onnx" in formats:
+    functions.check_onnx()
+  stored = functions.in_dtype(model, dtype) if dtype else model
+  stored = dataclasses.replace(stored, params=jax.tree.map(np.asarray, stored.params))
+  options = dict(batch_size=batch_size, preprocess=preprocess)
+  function = functions.stablehlo(stored, platforms=platforms, **options) if "stablehlo" in formats else None
+  graph, opset = functions.onnx(stored, **options) if "onnx" in formats else (None, None)
+  card = {
+    "version": VERSION,
+    "tokred": tokred.__version__,
+    "formats": list(formats),
+    "counts": list(model.counts),
+    "parameters": sum(np.size(leaf) for leaf in jax.tree.leaves(model.params)),
+    "gflops": model.flops / 1e9,
+    "gmacs": model.macs / 1e9,
+    "accuracy": accuracy,
+    "dtype": dtype or f"{model.config.model.dtype}, weights float32",
+    "batch_size": batch_size,
+    "preprocess": preprocess,
+    "platforms": list(platforms or [jax.default_backend().replace("gpu", "cuda")]),
+    "opset": opset,
+    "latency": list(latency),
+    "config": stored.config.to_dict(),
+    "source_config": source.to_dict(),
+  }
+  checkpoint.quieten_orbax()
+  with replacing(directory) as temporary:
+    if "orbax" in formats:
+      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(temporary / PARAMS, args=ocp.args.PyTreeSave(stored.params))
+    if "safetensors" in formats:
+      save_file(traverse_util.flatten_dict(stored.params, sep="/"), temporary / WEIGHTS, {"format": "tokred"})
+      (temporary / WEIGHTS).chmod(0o644)  # as the other files: it comes readable for its owner alone
+    if function is not None:
+      (temporary / FUNCTION).write_bytes(function)
+    if graph is not None:
+      functions.write_onnx(graph, temporary / GRAPH)
+    _describe(temporary, card)
+    if images is not None:
+      card["verified"] = {"images": len(images), "formats": _verify(temporary, images, trained(images).logits)}
+      _describe(temporary, card)
+  return model if dtype is None else in_memory(stored)
+
+
+def in_memory(model: Model) -> Model:
+  """With float32 parameters, as `load` gives them."""
+  return dataclasses.replace(model, params=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params))
+
+
+def _describe(directory: Path, card: dict[str, Any]) -> None:
+  (directory / CARD).write_text(json.dumps(card, indent=2) + "\n")
+  (directory / README).write_text(markdown(card))
+  files.write_manifest(directory)
+
+
+def _check(formats: Sequence[str], platforms: Sequence[str] | None, batch_size: int | None, dtype: str | None) -> None:
+  for field, names, valid in (("formats", formats, FORMATS), ("platforms", platforms or PLATFORMS, PLATFORMS)):
+    if isinstance(names, str) or not names:
+      raise ValueError(f"{field}={names!r} must be a list of names; valid: {', '.join(valid)}")
+    for name in names:
+      if name not in valid:
+        raise ValueError(f"{field} has {name!r}; {nearest(name, valid)}")
+  if batch_size is not None and batch_size < 1:
+    raise ValueError(f"batch_size={batch_size}; valid: 1 or more, or None for any")
+  if dtype not in (None, *DTYPES):
+    raise ValueError(f"dtype={dtype!r}; {nearest(dtype, DTYPES)}")
+
+
+def has_params(directory: str | os.PathLike[str]) -> bool:
+  """Whether an export holds parameters, or functions only."""
+  return bool({"orbax", "safetensors"} & set(read_card(directory)["formats"]))
+
+
+def read_config(directory: str | os.PathLike[str]) -> ConfigDict:
+  """The frozen config of an export."""
+  return complete(read_card(directory)["config"])
+
+
+def read_params(directory: str | os.PathLike[str], format: str | None = None) -> Any:
+  """Parameters of an export as a nested dict of float32 numpy arrays; `format` is "orbax", "safetensors" or None."""
+  card = read_card(directory, format)
+  format = format or next((name for name in ("orbax", "safetensors") if name in card["formats"]), None)
+  if format is None:
+    raise ExportError(f"{directory} holds no parameters; it holds: {', '.join(card['formats'])}")
+  if format == "safetensors":
+    params = traverse_util.unflatten_dict(read_safetensors(Path(directory) / WEIGHTS), sep="/")
+  else:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      params = checkpointer.restore(Path(directory).absolute() / PARAMS)
+  return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+
+
+def load(directory: str | os.PathLike[str], format: str | None = None) -> Model | Exported:
+  """The model of an export.
+
+  Args:
+    directory: the export.
+    format: "orbax" or "safetensors" for a Model, run by tokred's own code; "stablehlo" or "onnx" for what runs from
+      its artefact.  None: the first of these that the export holds.
+
+  Raises:
+    FileNotFoundError: there is no export.
+    ExportError: it is damaged, of a newer tokred, or does not hold the format.
+  """
+  card = read_card(directory, format)
+  format = format or next(name for name in ("orbax", "safetensors", "stablehlo", "onnx") if name in card["formats"])
+  if format in ("stablehlo", "onnx"):
+    return load_exported(directory, format)
+  return in_memory(dataclasses.replace(build(complete(card["config"])), params=read_params(directory, format)))
+
+
+def compare(directory: str | os.PathLike[str], images: np.ndarray, logits: np.ndarray) -> dict[str, dict[str, float]]:
+  """Each format against given logits, by its name.
+
+  Returns:
+    difference: the largest absolute one, of the logits, or of the probabilities where the function gives these;
+    agreement: the share of images whose first class is the same.
+  """
+  card, out = read_card(directory), {}
+  for name in card["formats"]:
+    model = load(directory, name)
+    found, wanted = model(images), np.asarray(logits)
+    if isinstance(model, Exported) and card.get("preprocess"):
+      found, wanted = np.asarray(found.probabilities), np.asarray(jax.nn.softmax(jnp.asarray(wanted)))
+    else:
+      found = np.asarray(found.logits)
+    agreement = np.mean(found.argmax(-1) == wanted.argmax(-1))
+    out[name] = {"difference": float(np.abs(found - wanted).max()), "agreement": float(agreement)}
+  return out
+
+
+def differences(directory: str | os.PathLike[str], images: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+  """The largest difference of each format, see `compare`."""
+  return {name: found["difference"] for name, found in compare(directory, images, logits).items()}
+
+
+def verify(directory: str | os.PathLike[str], images: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+  """`differences`, computed in a fresh process.
+
+  Raises:
+    ExportError: the export does not run there.
+  """
+  return {name: found["difference"] for name, found in _verify(directory, images, logits).items()}
+
+
+def _verify(directory: str | os.PathLike[str], images: np.ndarray, logits: Any) -> dict[str, dict[str, float]]:
+  with tempfile.TemporaryDirectory() as folder:
+    recorded = Path(folder) / "recorded.npz"
+    np.savez(recorded, images=images, logits=np.asarray(logits))
+    command = [sys.executable, "-m", "tokred.export", str(directory), str(recorded)]
+    done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode:
+    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    raise ExportError(f"{directory} does not run in a fresh process: {reason}")
+  found = json.loads(done.stdout.splitlines()[-1])
+  for name, values in found.items():
+    if not np.isfinite(values["difference"]):
+      raise ExportError(f"{directory}: {name} gives values that are not finite")
+  return found

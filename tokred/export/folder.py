@@ -1,0 +1,85 @@
+"""The folder of an export: whole or not there, and checked when it is read."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokred import files
+
+CARD, README = "tokred.json", "README.md"
+VERSION = 2  # of the folder's layout; 1 had no safetensors, ONNX, preprocessing or README
+PARAMS, WEIGHTS, FUNCTION, GRAPH = "params", "model.safetensors", "model.stablehlo", "model.onnx"
+GRAPH_DATA = "model.onnx.data"  # weights of graphs beyond what one file of protobuf holds
+OURS = {CARD, README, PARAMS, WEIGHTS, FUNCTION, GRAPH, GRAPH_DATA, files.MANIFEST}
+FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")
+
+
+class ExportError(ValueError):
+  """An export that cannot be written, or must not be run."""
+
+
+def check_replaceable(directory: Path) -> None:
+  """Raises ValueError where something other than an export would be lost."""
+  if not directory.exists():
+    return
+  names = {path.name for path in directory.iterdir()} if directory.is_dir() else {"a file"}
+  if names and CARD not in names:
+    raise ValueError(f"{directory} exists and is no export; choose another folder")
+  if others := sorted(names - OURS):
+    raise ValueError(f"{directory} is an export, but also holds {', '.join(others)}; choose another folder")
+
+
+@contextlib.contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+  """A temporary folder beside `directory` that takes its place at the end; on any error the old one stays.
+
+  Raises:
+    ExportError: what is within, or the renaming, failed; the message is one line and in plain words.
+  """
+  temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+  replaced = temporary.with_suffix(".old")
+  try:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    if directory.exists():
+      os.replace(directory, replaced)
+    os.replace(temporary, directory)
+  except Exception as error:  # a full disk is an OSError of ours, and of other types within orbax
+    if replaced.exists() and not directory.exists():
+      os.replace(replaced, directory)
+    if isinstance(error, ExportError):
+      raise ExportError(str(error).replace(str(temporary), str(directory))) from error
+    raise ExportError(f"{directory} cannot be written: {files.reason(error)}") from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_card(directory: str | os.PathLike[str], part: str | None = None) -> dict[str, Any]:
+  """What `tokred.json` says, after every file of the export was compared with the manifest.
+
+  Raises:
+    FileNotFoundError: there is no export.
+    ExportError: a newer layout, a format that it does not hold, or a file that was changed, cut short or lost.
+  """
+  directory = Path(directory)
+  if not (directory / CARD).exists():
+    raise FileNotFoundError(f"{directory} is no export: it has no {CARD}")
+  try:
+    card = json.loads((directory / CARD).read_text())
+    version, formats = int(card["version"]), list(card["formats"])
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ExportError(f"{directory / CARD} is damaged ({error}); export the model again") from error
+  if version > VERSION:
+    raise ExportError(f"{directory} has layout {version}, this tokred reads up to {VERSION}; upgrade tokred")
+  if part is not None and part not in formats:
+    raise ExportError(f"{directory} holds no {part!r}; it holds: {', '.join(map(str, formats))}")
+  damage = files.find_damage(directory)
+  if damage:
+    raise ExportError(f"{directory} is damaged: {damage}; export the model again")
+  return card
