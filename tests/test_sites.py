@@ -104,7 +104,7 @@ def test_error_of_two_sites_at_one_place():
     ("variant", "Q/16", r"config.model.variant='Q/16' must be size/patch; sizes: mu, Ti, S, B, L, So400m, H, g"),
     ("variant", "S16", r"config.model.variant='S16' must be size/patch"),
     ("variant", "S/0", r"config.model.variant='S/0' must be size/patch"),
-    ("pool", "mean", r"config.model.pool='mean' is unknown; .*valid: avg, cls, map"),
+    ("pool", "mean", r"config.model.pool='mean' is unknown; .*valid: avg, cls, cls_avg, map"),
     ("position", "sincos", r"config.model.position='sincos' is unknown; did you mean 'sincos2d'\?"),
     ("dtype", "float16", r"config.model.dtype='float16' is unknown; did you mean 'bfloat16'\?"),
     ("attention", "flash", r"config.model.attention='flash' is not an implementation"),
@@ -116,7 +116,7 @@ def test_error_of_two_sites_at_one_place():
     ),
     ("image_size", (224,), r"config.model.image_size=\(224,\) must be"),
     ("image_size", (8, 8), r"config.model.image_size=\(8, 8\) must be"),
-    ("num_classes", 0, r"config.model.num_classes=0 must be at least 1"),
+    ("num_classes", -1, r"config.model.num_classes=-1 must be 1 or more, or 0 for no head"),
     ("drop_path", 1.0, r"config.model.drop_path=1.0 must be in \[0, 1\)"),
   ],
 )

@@ -18,7 +18,7 @@ class Stack:
   num_tokens: int  # at the input, protected ones counted
   num_protected: int
   has_cls: bool = True
-  name: str = "encoder"
+  name: str = "encoder"  # or llm, a decoder's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Spot:
   softness: float = 0.1
   anneal: tuple[tuple[Any, ...], ...] = ()  # (option, from, to, first step, last step), ...
   proportional: bool = False
+  budget: float | int | None = None  # `keep` as the site says it: a share, or a number; None: it says r, or learns
+  position: str = "original"  # llm: what happens to the positions of those that stay
 
   @property
   def type(self) -> type[base.Reducer]:
@@ -163,7 +165,7 @@ class Sites:
     """Features that the block of this layer must provide."""
     here = self.at(layer, "ahead", "attn", "mlp", "after")
     after = self.at(layer + 1, "before", "around") + (self.at(-1, "output") if layer == self.stack.depth - 1 else ())
-    return tuple(sorted({need for spot in here + after for need in spot.module().needed()}))
+    return tuple(sorted({need for spot in here + after for need in spot.module(parent=None).needed()}))
 
   def counts(self) -> tuple[int, ...]:
     """Tokens leaving each block, where counts are static; `output` sites come after the last."""
@@ -191,4 +193,4 @@ class Sites:
       return cost.min_st(n, [counts[s.site][s.index] if counts and s.site in counts else s.keep for s in spots])
 
     n = walk(self.stack.depth, self.at, self.stack.num_tokens, leave)
-    return cost.Profile(n.attention, n.mlp, n.final, extra)
+    return cost.Profile(n.attention, n.mlp, n.final, extra, n.leaving)

@@ -106,6 +106,14 @@ class Threshold:
     return jnp.minimum(passes.sum(1, dtype=jnp.int32), self.capacity)
 
 
+@struct.dataclass
+class Rows:
+  """A count for each row, no more than `capacity`."""
+
+  count: Array  # (B,) int32, protected tokens included
+  capacity: int = struct.field(pytree_node=False, default=0)
+
+
 def threshold_gate(score: Array, value: Array | float, temperature: float) -> Array:
   """1 where score >= value, else 0, with the gradient of sigmoid((score - value) / temperature).
 

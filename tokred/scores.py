@@ -32,6 +32,16 @@ def pagerank(tokens: Tokens) -> Array:
   return tokens.feats["pagerank_30"].astype(jnp.float32)
 
 
+def last_attention(tokens: Tokens) -> Array:
+  """Attention that a prompt's last token pays, the mean over heads.  (Chen et al., 2024, FastV, arXiv:2403.06764)"""
+  return tokens.feats["last_attention"].astype(jnp.float32)
+
+
+def last_attention_ahead(tokens: Tokens) -> Array:
+  """The same in the layer that follows, before it is computed.  (Xing et al., 2024, PyramidDrop, arXiv:2410.17247)"""
+  return tokens.feats["last_attention_ahead"].astype(jnp.float32)
+
+
 def key_norm(tokens: Tokens) -> Array:
   """||k_i||, averaged over heads."""
   return jnp.linalg.norm(tokens.feats["key"].astype(jnp.float32), axis=-1).mean(-1)
@@ -91,6 +101,8 @@ SCORES: dict[str, tuple[Callable[[Tokens], Array], tuple[str, ...]]] = {  # name
   "cls_attention": (cls_attention, ("cls_attention",)),
   "column_mean": (column_mean, ("column_mean",)),
   "key_norm": (key_norm, ("key",)),
+  "last_attention": (last_attention, ("last_attention",)),
+  "last_attention_ahead": (last_attention_ahead, ("last_attention_ahead",)),
   "pagerank": (pagerank, ("pagerank_30",)),
   "random": (random, ()),
   "repr_shift": (repr_shift, ("update",)),

@@ -4,7 +4,7 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
 
   reducer      a registered name, or a tuple of names that act in this order (DiffRate: ("topk", "diffrate_merge"))
   layers       the blocks it acts in, from 0, ascending
-  stack        "encoder"
+  stack        "encoder", or "llm" in a language model
   place        before (a block), around (a block), ahead (of attention, whose map serves the reduced tokens), attn
                (between attention and MLP), mlp (around the MLP), after (a block), output (after the last block)
   until        around: the block behind which those that went round are back; the same block where it is not given
@@ -20,6 +20,7 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
   softness     learned_threshold: temperature of the sigmoid that lets it learn
   anneal       ((option, from, to, first step, last step), ...): an option of the reducer, such as a temperature, that
                goes geometrically from one value to the other while training
+  position     llm: original (those that stay keep their positions) or reindex (they are counted anew from 0)
   proportional log(size) biases attention from here on; the reducer's own rule where it is not given
 
 Every other field is an option of the reducer, that is a field of its class.
@@ -39,7 +40,8 @@ from tokred.reducers import base
 from tokred.tokens import Array, Tokens
 
 FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold")
-FIELDS += ("proportional", "until", "softness", "anneal")
+FIELDS += ("proportional", "until", "softness", "anneal", "position")
+POSITIONS = ("original", "reindex")
 PLACED = frozenset({"layer", "depth"})  # fields of a reducer that its site fills in
 
 
@@ -100,6 +102,8 @@ class Step(nn.Module):
     tokens, report = reducer(tokens, keep, train=train, mode=mode)
     if "count" in report:
       return tokens, report
+    if isinstance(keep, rates.Rows):
+      return tokens, report | {"count": keep.count.astype(jnp.float32).mean()}
     static = spot.rate != "threshold" and "kept_share" not in report and not spot.type.ragged
     count = jnp.asarray(keep, jnp.float32) if static else tokens.mask.astype(jnp.float32).sum(1).mean() / tokens.images
     return tokens, report | {"count": count}
@@ -256,8 +260,12 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
       f"{field}.until={until!r} is the last block of a scope: it needs place='around', one layer, and a block from "
       f"that layer to {stack.depth - 1}, or counted from the end"
     )
+  position = site.get("position", "original")
+  if position not in POSITIONS or ("position" in site and stack.name != "llm"):
+    valid = nearest(str(position), POSITIONS) if stack.name == "llm" else "only sites with stack='llm' have a policy"
+    raise ValueError(f"{field}.position={position!r} is not a policy; {valid}")
   options = _options(field, site, names, classes)
-  common = dict(site=name, place=place, rate=rate, granularity=site.get("granularity", 1))
+  common = dict(position=position, site=name, place=place, rate=rate, granularity=site.get("granularity", 1))
   thresholds = site.get("threshold", 0.0)
   thresholds = tuple(thresholds) if isinstance(thresholds, (tuple, list)) else (thresholds,) * len(layers) * len(names)
   numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in thresholds)
@@ -287,7 +295,7 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
             f"{field}.reducer={reducer!r} scores by cls_attention, but config.model.pool leaves this model without a "
             f"CLS token; set {field}.score to another score"
           )
-        if place in ("before", "around") and layer == 0:
+        if place in ("before", "around") and layer == 0 and not need.endswith("_ahead"):
           raise ValueError(f"{field}.layers has 0, but {reducer!r} reads {need} of the block before; valid: from 1")
   return drafts
 
@@ -394,4 +402,4 @@ def _count(draft: dict[str, Any], arriving: int, left: float, stack: Stack, inde
     )
   if removed is not None:
     left = (count - protected) / source
-  return Spot(**draft, index=index, arriving=arriving, keep=count, share=left, protected=protected), left
+  return Spot(**draft, budget=keep, index=index, arriving=arriving, keep=count, share=left, protected=protected), left

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tokred.config import nearest
-from tokred.rates import LearnedThreshold, Threshold
+from tokred.rates import LearnedThreshold, Rows, Threshold
 from tokred.tokens import Array, Plan, Tokens, average_weight, compact, fold, inverse, rank
 
 REGISTRY: dict[str, type["Reducer"]] = {}
@@ -125,7 +125,10 @@ class Planner(Reducer):
   def __call__(
     self, tokens: Tokens, keep: Any, *, train: bool, mode: str, survival: Array | None = None
   ) -> tuple[Tokens, dict[str, Array]]:
-    """See Reducer; `keep` may also be a threshold, and `survival` is a learned rate's view of each rank (see fold)."""
+    """See Reducer.
+
+    `keep` may also be a threshold or `rates.Rows`, and `survival` is a learned rate's view of each rank (see fold).
+    """
     train = train and mode == "mask"
     if isinstance(keep, LearnedThreshold):
       _, report = self.plan(tokens, keep.capacity, train=False)
@@ -136,6 +139,9 @@ class Planner(Reducer):
     if isinstance(keep, Threshold):
       _, report = self.plan(tokens, keep.capacity, train=False)
       plan, report = self.plan(tokens, keep.count(tokens, report["score"]), train=False)
+      return _ragged(tokens, plan, keep.capacity, mode), report
+    if isinstance(keep, Rows):
+      plan, report = self.plan(tokens, keep.count, train=train)
       return _ragged(tokens, plan, keep.capacity, mode), report
     plan, report = self.plan(tokens, keep, train=train)
     return finish(tokens, plan, keep, mode, survival), report
