@@ -10,29 +10,17 @@ flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([flags, *(f"{k}={v}" for k, v in WANTED.items() if k not in flags)]).strip()
 
 # What `make fast` leaves out: more than 20 s of compiling, or many processes.
-SLOW = ("test_bad_input", "test_cli", "test_demo", "test_export", "test_golden", "test_kills", "test_laws")
-SLOW += (
-  "test_notebook",
-  "test_two_processes",
-  "test_pairs",
-  "test_fusion",
-  "test_criteria",
-  "test_routing",
-  "test_spa",
-)
-SLOW += ("test_export_formats", "test_recover", "test_sweep", "test_configs", "test_mctf", "test_loop")
+SLOW = (
+  "test_bad_input", "test_cli", "test_configs", "test_criteria", "test_demo", "test_export", "test_export_formats",
+  "test_finetune", "test_foreign", "test_fusion", "test_generate", "test_golden", "test_kills", "test_laws",
+  "test_llm_sites", "test_loop", "test_mctf", "test_notebook", "test_pairs", "test_recover", "test_routing", "test_spa",
+  "test_sweep", "test_two_processes",
+)  # fmt: skip
 
 # The longest files first: a worker takes a file at a time, and the last one should not wait for a long one.
 FIRST = (
-  "test_laws",
-  "test_kills",
-  "test_loop",
-  "test_golden",
-  "test_pairs",
-  "test_configs",
-  "test_export",
-  "test_routing",
-)
+  "test_laws", "test_kills", "test_loop", "test_golden", "test_pairs", "test_configs", "test_export", "test_routing",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
