@@ -12,7 +12,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Of the functions; any wh
 _PLATFORMS = flags.DEFINE_list("platforms", None, "Of the StableHLO function: cpu, cuda, rocm, tpu; this one's.")
 _DTYPE = flags.DEFINE_string("dtype", None, "Of activations and stored weights: float32, bfloat16; as it was trained.")
 _PREPROCESS = flags.DEFINE_boolean("preprocess", False, "Functions take uint8 images and give probabilities.")
-_LATENCY = flags.DEFINE_list("latency", [], "Batch sizes of the card's latency table, such as 1,8,64.")
+_LATENCY = flags.DEFINE_list("latency", ["1", "8", "64"], "Batch sizes of the card's latency table; none: --latency=")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of config.data.data_dir.")
 
 
@@ -23,7 +23,9 @@ def main(argv: list[str]) -> None:
   import tokred
   from tokred.evaluate import evaluate, examples
 
+  asked = dict(batch_size=_BATCH_SIZE.value, platforms=_PLATFORMS.value, dtype=_DTYPE.value)
   try:
+    tokred.export.check(_OUTPUT.value, _FORMATS.value, **asked)
     trained = tokred.load(_WORKDIR.value)
     with trained.config.unlocked():
       if _DATA_DIR.value is not None:
@@ -37,9 +39,7 @@ def main(argv: list[str]) -> None:
       trained,
       _OUTPUT.value,
       _FORMATS.value,
-      batch_size=_BATCH_SIZE.value,
-      platforms=_PLATFORMS.value,
-      dtype=_DTYPE.value,
+      **asked,
       preprocess=_PREPROCESS.value,
       accuracy=accuracy,
       images=images,

@@ -55,7 +55,9 @@ def workdir(folder, call):
 @pytest.fixture(scope="module")
 def exported(folder, call, workdir):
   formats = "orbax,stablehlo,onnx"
-  printed = call("export.py", f"--workdir={workdir}", f"--output={folder / 'exported'}", f"--formats={formats}")
+  printed = call(
+    "export.py", f"--workdir={workdir}", f"--output={folder / 'exported'}", f"--formats={formats}", "--latency=1"
+  )
   differences = json.loads(printed[printed.rindex("{") :].replace("'", '"'))
   assert differences.keys() == set(formats.split(",")) and max(differences.values()) < 1e-4
   assert "- labels: 0, 1, 2" in (folder / "exported" / "README.md").read_text()

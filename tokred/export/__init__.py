@@ -62,6 +62,7 @@ __all__ = [
   "ExportError",
   "Exported",
   "Scores",
+  "check",
   "compare",
   "differences",
   "has_params",
@@ -114,16 +115,13 @@ def save(
     ValueError: an unknown format, platform or dtype, no parameters, or a directory that holds something else.
     ExportError: the directory cannot be written, or does not run; what was there before is still there.
   """
-  _check(formats, platforms, batch_size, dtype)
+  check(directory, formats, batch_size=batch_size, platforms=platforms, dtype=dtype)
   source, trained, directory = model.config, model, Path(directory).absolute()
   model = freeze(model)
   if model.params is None:
     raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
   if preprocess and not model.config.model.num_classes:
     raise ValueError("preprocess=True gives probabilities, but config.model.num_classes=0: the model has no head")
-  check_replaceable(directory)
-  if "onnx" in formats:
-    functions.check_onnx()
   stored = functions.in_dtype(model, dtype) if dtype else model
   stored = dataclasses.replace(stored, params=jax.tree.map(np.asarray, stored.params))
   options = dict(batch_size=batch_size, preprocess=preprocess)
@@ -166,18 +164,19 @@ def save(
   return model if dtype is None else in_memory(stored)
 
 
-def in_memory(model: Model) -> Model:
-  """With float32 parameters, as `load` gives them."""
-  return dataclasses.replace(model, params=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params))
+def check(
+  directory: str | os.PathLike[str],
+  formats: Sequence[str],
+  *,
+  batch_size: int | None = None,
+  platforms: Sequence[str] | None = None,
+  dtype: str | None = None,
+) -> None:
+  """What `save` checks before it begins; for programs that have long work to do before.
 
-
-def _describe(directory: Path, card: dict[str, Any]) -> None:
-  (directory / CARD).write_text(json.dumps(card, indent=2) + "\n")
-  (directory / README).write_text(markdown(card))
-  files.write_manifest(directory)
-
-
-def _check(formats: Sequence[str], platforms: Sequence[str] | None, batch_size: int | None, dtype: str | None) -> None:
+  Raises:
+    ValueError: see `save`.
+  """
   for field, names, valid in (("formats", formats, FORMATS), ("platforms", platforms or PLATFORMS, PLATFORMS)):
     if isinstance(names, str) or not names:
       raise ValueError(f"{field}={names!r} must be a list of names; valid: {', '.join(valid)}")
@@ -188,6 +187,20 @@ def _check(formats: Sequence[str], platforms: Sequence[str] | None, batch_size: 
     raise ValueError(f"batch_size={batch_size}; valid: 1 or more, or None for any")
   if dtype not in (None, *DTYPES):
     raise ValueError(f"dtype={dtype!r}; {nearest(dtype, DTYPES)}")
+  check_replaceable(Path(directory).absolute())
+  if "onnx" in formats:
+    functions.check_onnx()
+
+
+def in_memory(model: Model) -> Model:
+  """With float32 parameters, as `load` gives them."""
+  return dataclasses.replace(model, params=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params))
+
+
+def _describe(directory: Path, card: dict[str, Any]) -> None:
+  (directory / CARD).write_text(json.dumps(card, indent=2) + "\n")
+  (directory / README).write_text(markdown(card))
+  files.write_manifest(directory)
 
 
 def has_params(directory: str | os.PathLike[str]) -> bool:
