@@ -11,9 +11,11 @@ os.environ["XLA_FLAGS"] = " ".join([flags, *(f"{k}={v}" for k, v in WANTED.items
 
 # What `make fast` leaves out: more than 20 s of compiling, or many processes.
 SLOW = (
-  "test_bad_input", "test_cli", "test_configs", "test_criteria", "test_demo", "test_export", "test_export_formats",
+  "test_alarms", "test_bad_input", "test_calibrate", "test_cli", "test_configs", "test_criteria", "test_demo",
+  "test_export", "test_export_formats",
   "test_finetune", "test_foreign", "test_fusion", "test_generate", "test_golden", "test_kills", "test_laws",
-  "test_llm_sites", "test_loop", "test_mctf", "test_notebook", "test_pairs", "test_recover", "test_routing", "test_spa",
+  "test_llm_sites", "test_loading", "test_loop", "test_mctf", "test_notebook", "test_pairs", "test_readme",
+  "test_recover", "test_routing", "test_spa",
   "test_sweep", "test_two_processes",
 )  # fmt: skip
 
