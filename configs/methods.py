@@ -34,7 +34,8 @@ three seeds where something is trained; one of 360 images is 0.28; "-": not run 
 | hot, clca | prune and recover; cross-layer cache | yes | 99.4, - |
 
 (sit, stvit, skipvit, spa and hot: one seed.)  On Fashion-MNIST at 0.6, as README tells: dense 87.9, random 84.6,
-cls_topk 82.8, tome 87.6, tome+tuned 87.7, evit 86.2, topk_merge 87.3, dynamicvit 86.3, mctf 87.1, diffrate 86.7, mod 82.8.
+cls_topk 82.8, tome 87.6, tome+tuned 87.7, evit 86.2, topk_merge 87.3, dynamicvit 86.3, mctf 87.1, diffrate 86.7,
+mod 82.8.
 """
 
 from typing import Any
