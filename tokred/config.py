@@ -19,7 +19,7 @@ def default() -> ConfigDict:
 
   config.model = ConfigDict(
     dict(
-      name="vit",
+      name="vit",  # vit, vlm (this group is the tower then, and config.projector and config.llm follow it)
       variant="Ti/16",  # size/patch: mu, Ti, S, B, L, So400m, H, g
       width=0,  # 0: as the variant says; likewise the next three
       depth=0,
@@ -47,6 +47,32 @@ def default() -> ConfigDict:
       remat=False,  # recompute each block in the backward pass
       dtype="float32",  # of activations: float32, bfloat16; parameters, softmax and ranking stay float32
       attention="auto",  # auto, matmul, fused
+    )
+  )
+
+  config.projector = ConfigDict(
+    dict(
+      name="mlp",  # what joins tower and language model where config.model.name is "vlm"; see tokred/nn/projectors.py
+      num_tokens=0,  # of an image, where the projector chooses them; 0: as many as arrive
+    )
+  )
+
+  config.llm = ConfigDict(
+    dict(  # the language model where config.model.name is "vlm"; its dtype and attention are those of config.model
+      vocab=32000,
+      width=256,
+      depth=4,
+      num_heads=4,
+      num_kv_heads=0,  # 0: as many as num_heads
+      head_dim=0,  # 0: width / num_heads
+      mlp_dim=0,  # 0: 4 width
+      norm_eps=1e-6,
+      rope_theta=10_000.0,
+      qkv_bias=False,
+      qk_norm=False,
+      tied=True,  # the head is the table of embeddings
+      max_length=2048,  # positions that it is trained for
+      image_token=3,  # the id that stands for a patch in a prompt
     )
   )
 

@@ -72,12 +72,7 @@ def generate(
   lengths = mask.sum(1)
   if not lengths.all():
     raise ValueError(f"row {int(lengths.argmin())} of mask has no token: an empty prompt")
-  if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens={max_new_tokens}; valid: 1 or more")
-  if temperature < 0:
-    raise ValueError(f"temperature={temperature}; valid: 0 (the likeliest token) or more")
-  if not 0 < top_p <= 1:
-    raise ValueError(f"top_p={top_p}; valid: above 0, at most 1")
+  check(max_new_tokens, temperature, top_p)
   slots = given.shape[1]
   if cache_length:
     longest, slots = int(lengths.max()), cache_length - max_new_tokens
@@ -97,13 +92,24 @@ def generate(
   inputs |= dict(mask=mask, protected=protected, position=position)
   stop = jnp.asarray(tuple(stop_tokens), jnp.int32)
   sampling = (jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
-  return _run(model, params, inputs, stop, sampling, jax.random.key(seed), known, max_new_tokens, top_p < 1)
+  return run(model, params, inputs, stop, sampling, jax.random.key(seed), known, max_new_tokens, top_p < 1)
+
+
+def check(max_new_tokens: int, temperature: float, top_p: float) -> None:
+  """Raises ValueError where an argument of `generate` is out of its range."""
+  if max_new_tokens < 1:
+    raise ValueError(f"max_new_tokens={max_new_tokens}; valid: 1 or more")
+  if temperature < 0:
+    raise ValueError(f"temperature={temperature}; valid: 0 (the likeliest token) or more")
+  if not 0 < top_p <= 1:
+    raise ValueError(f"top_p={top_p}; valid: above 0, at most 1")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
-def _run(
-  model: Decoder, params: Any, inputs: Any, stop: Array, sampling: Any, key: Array, known: Census, new: int, cut: bool
+def run(
+  model: Any, params: Any, inputs: Any, stop: Array, sampling: Any, key: Array, known: Any, new: int, cut: bool
 ) -> Generated:
+  """Prefill, then one token after another: what `generate` does with arguments that it has found valid."""
   start = model.apply({"params": params}, **inputs, room=new - 1, known=known, method="prefill")
   batch = start.logits.shape[0]
 

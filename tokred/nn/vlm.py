@@ -1,0 +1,322 @@
+"""Vision-language models: a tower sees, a projector translates, a decoder reads images in the midst of text.
+
+LLaVA (Liu et al., 2023, arXiv:2304.08485) and its kin.  A prompt's ids hold one placeholder for each patch; what the
+tower and its sites leave of an image stands in the places of its survivors, and the text around them never goes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from tokred import tokens as tk
+from tokred.config import nearest
+from tokred.nn import decoder, generate, projectors, vit
+from tokred.nn.budget import Census, capacities
+from tokred.nn.cache import Cache
+from tokred.nn.decoder import Decoder, Output
+from tokred.nn.decoder_layer import Shape
+from tokred.nn.generate import Generated
+from tokred.nn.rope import Rope
+from tokred.sites import POSITIONS
+from tokred.tokens import Array, Tokens
+
+STACKS = ("encoder", "llm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+  """What the host knows of a batch of prompts with images; it makes the shapes static."""
+
+  length: int  # tokens of text and of what the tower leaves, of the row that has most
+  census: Census  # of what reaches the language model
+
+
+class VLM(nn.Module):
+  """Tower, projector, language model."""
+
+  tower: nn.Module
+  projector: nn.Module
+  llm: Decoder
+  image_token: int  # the id of placeholders
+  reindex: bool = False  # whether positions are counted anew once the tower's sites have acted
+
+  @nn.nowrap
+  def known(self, ids: Any, slot: Any, mask: Any = None, mode: str = "gather") -> Known:
+    """Counts a batch on the host.
+
+    Args:
+      ids: (B, S) int32.
+      slot: (B, R, N) int32, see `__call__`.
+      mask: (B, S), nonzero where there is a token; None: everywhere.
+      mode: "mask" or "gather".
+
+    Raises:
+      ValueError: placeholders and places of patches differ.
+    """
+    ids, slot = np.asarray(ids), np.asarray(slot)
+    mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask) > 0
+    check(ids, slot, mask, self.image_token)
+    text = (mask & (ids != self.image_token)).sum(1)
+    used, kept = (slot >= 0).sum(2), self.left(mode)  # of each image
+    most, fewest = np.minimum(used, kept), np.maximum(used - max(slot.shape[2] - kept, 0), 0)
+    return Known(int((text + most.sum(1)).max()), Census(int(fewest.sum(1).min()), int(text.max())))
+
+  @nn.nowrap
+  def left(self, mode: str = "gather") -> int:
+    """Tokens of an image that reach the language model."""
+    s = self.tower.sites
+    spots = [spot for spot in s.spots if spot.place == "output"] if mode == "gather" else []
+    n = s.stack.num_tokens if mode == "mask" else spots[-1].keep if spots else s.counts()[-1]
+    return self.projector.left(n - self.dropped)
+
+  @property
+  def dropped(self) -> int:
+    """Prefix tokens, which the language model does not see unless a reducer asks for it."""
+    kept = any(dict(spot.options).get("keep_cls") for spot in self.tower.sites.spots)
+    return 0 if kept else self.tower.shape.num_prefix_tokens
+
+  def __call__(
+    self,
+    ids: Array,
+    images: Array,
+    *,
+    slot: Array,
+    mask: Array | None = None,
+    position: Array | None = None,
+    segment: Array | None = None,
+    last: Array | None = None,
+    known: Known | None = None,
+    train: bool = False,
+    mode: str = "gather",
+    keeps: Mapping[str, Any] | None = None,
+  ) -> Output:
+    """The whole sequence at once, as in training; nothing is cached.
+
+    Args:
+      ids: (B, S) int32, with `image_token` where patches stand.
+      images: (B, R, height, width, channels) float32, normalised; R images, or crops of one, a row.
+      slot: (B, R, N) int32: where in its row's ids each patch stands, -1: nowhere (no image, or cut away).
+      mask: (B, S), nonzero where there is a token; padding may be on either side.  None: everywhere.
+      position: (B, S[, axis]) int32; None: counted within each row, without padding.
+      segment: (B, S) int32 of packed rows; None: a row is one sequence.
+      last: (B,) int32 index into S of the prompt's last token, whose attention scores; None: the last that is there.
+      known: of `known`, needed in gather mode; in mask mode none.
+      train: whether reducers may sample; randomness comes from the stream "reduce".
+      mode: "mask" (all stay in place) or "gather" (those that leave are gone).
+      keeps: counts that replace those of the tower's sites, {site: (spots,) int}.
+
+    Returns:
+      Output; its `tokens.owner` (B, S) tells where each token of ids is now, so that
+      `tokens.restore(logits, output.tokens.owner)` has the logits at ids.
+    """
+    joined, owner, report = self._join(ids, images, slot, mask, position, segment, known, train, mode, keeps)
+    last = None if last is None else jnp.maximum(tk.take(owner, last[:, None])[:, 0], 0)
+    census = known.census if known else None
+    out = self.llm(**joined, last=last, known=census, train=train, mode=mode)
+    return self._whole(out, owner, report)
+
+  def prefill(
+    self, ids: Array, images: Array, *, slot: Array, room: int, known: Known, mask: Array | None = None,
+    position: Array | None = None,
+  ) -> Output:  # fmt: skip
+    """Reduces and caches prompts, with room for as many tokens more; logits (B, 1, vocab) of their last tokens."""
+    joined, owner, report = self._join(ids, images, slot, mask, position, None, known, False, "gather", None)
+    return self._whole(self.llm.prefill(**joined, room=room, known=known.census), owner, report)
+
+  def decode(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
+    """Appends one token to each row: (B,) int32 to logits (B, vocab) float32 of what follows, and the cache."""
+    return self.llm.decode(ids, cache)
+
+  def see(
+    self, images: Array, slot: Array, train: bool = False, mode: str = "gather", keeps: Mapping[str, Any] | None = None
+  ) -> tuple[Tokens, Array, dict[str, Any]]:
+    """What is left of the images, for the language model.
+
+    Args:
+      images: (B, R, height, width, channels).
+      slot: (B, R, N) int32.
+      train: see `__call__`; likewise mode and keeps.
+      mode: see above.
+      keeps: see above.
+
+    Returns:
+      (B R) rows of M tokens; where in ids each stands, (B R, M) int32, -1: nowhere; what the tower reports.
+    """
+    s = self.tower.shape
+    seen = self.tower(images.reshape(-1, *images.shape[2:]), train=train, mode=mode, keeps=keeps)
+    tokens, prefix = seen.tokens, self.dropped
+    if prefix:  # they stand first, and nothing takes them away
+      rest = jax.tree.map(lambda a: a[:, prefix:], tokens.replace(owner=tokens.x[..., 0]))
+      tokens = rest.replace(owner=jnp.where(tokens.owner >= prefix, tokens.owner - prefix, -1))
+    tokens = tokens.replace(owner=tokens.owner[:, s.num_prefix_tokens :], feats={})
+    tokens = self.projector(tokens, s.grid)
+    table = slot.reshape(-1, slot.shape[-1])
+    patch = tokens.position - s.num_prefix_tokens  # a kept prefix token stands where its image begins
+    place = tk.take(table, jnp.maximum(patch, 0))
+    return tokens, place, seen.aux
+
+  def _join(
+    self, ids: Array, images: Array, slot: Array, mask: Any, position: Any, segment: Any, known: Known | None,
+    train: bool, mode: str, keeps: Any,
+  ) -> tuple[dict[str, Any], Array, dict[str, Any]]:  # fmt: skip
+    """Arguments of the decoder, and where each token of ids is among its L tokens, (B, S) int32."""
+    if mode == "gather" and known is None:
+      raise ValueError("in gather mode the shapes need known=module.known(ids, slot, mask), counted on the host")
+    batch, source = ids.shape
+    mask = jnp.ones(ids.shape, bool) if mask is None else mask > 0
+    visual, place, report = self.see(images, slot, train, mode, keeps)
+    soft = jnp.issubdtype(visual.mask.dtype, jnp.floating)
+    if not soft:
+      place = jnp.where(visual.alive, place, -1)
+    if self.reindex and mode == "gather":  # as the reducer lays them out
+      place = jnp.sort(jnp.where(place < 0, source, place), axis=1)
+      place = jnp.where(place < source, place, -1)
+    row = lambda a: a.reshape(batch, -1, *a.shape[2:])  # noqa: E731
+    x, seen, place, count = row(visual.x), row(visual.mask), row(place), visual.x.shape[1]
+    text = mask & (ids != self.image_token)
+    x = jnp.concatenate([self.llm.embeddings(ids), x.astype(self.llm.dtype)], axis=1)
+    index = jnp.arange(source, dtype=jnp.int32)
+    stands = jnp.concatenate([jnp.broadcast_to(index, ids.shape), jnp.maximum(place, 0)], axis=1)
+    there = jnp.concatenate([text, place >= 0], axis=1)
+    alive = jnp.concatenate([text.astype(seen.dtype), jnp.where(place >= 0, seen, jnp.zeros_like(seen))], axis=1)
+    where = tk.rank(jnp.where(there, stands, source))
+    order = tk.inverse(where)[:, : known.length if known else source]
+    if position is None:
+      position = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    stands = tk.take(stands, order)
+    joined = dict(x=tk.take(x, order), mask=tk.take(alive, order))
+    joined["protected"] = tk.take(jnp.pad(text, ((0, 0), (0, place.shape[1]))), order)
+    joined["position"] = None if self.reindex else tk.take(position, stands)
+    if segment is not None:
+      joined["segment"] = tk.take(segment, stands)
+    patches = jnp.where(visual.owner >= 0, visual.owner, -1).reshape(batch, -1, visual.owner.shape[1])
+    first = source + count * jnp.arange(patches.shape[1], dtype=jnp.int32)[:, None]
+    patches = jnp.where(patches >= 0, patches + first, -1).reshape(batch, -1)
+    owner = jnp.where(text, index, -1)
+    owner = jax.vmap(lambda o, s, p: o.at[jnp.where(s >= 0, s, source)].set(p, mode="drop"))(
+      owner, slot.reshape(batch, -1), patches
+    )
+    return joined, tk.follow(owner, jnp.where(there, where, -1)), report
+
+  def _whole(self, out: Output, owner: Array, report: Mapping[str, Any]) -> Output:
+    seen = {name: value for name, value in report.items() if name.startswith("reduce/")}
+    tokens = out.tokens.replace(owner=tk.follow(owner, out.tokens.owner))
+    return out.replace(tokens=tokens, aux=out.aux | seen)
+
+
+def check(ids: np.ndarray, slot: np.ndarray, mask: np.ndarray, image_token: int) -> None:
+  """Whether patches and placeholders of a batch are the same.
+
+  Raises:
+    ValueError: names the row, and both numbers.
+  """
+  if slot.ndim != 3 or slot.shape[0] != ids.shape[0]:
+    raise ValueError(f"slot of shape {slot.shape} for ids of shape {ids.shape}; valid: (batch, images, patches)")
+  for row, (line, there, table) in enumerate(zip(ids, mask, slot, strict=True)):
+    wanted = np.flatnonzero(there & (line == image_token))
+    given = np.sort(table[table >= 0])
+    if not np.array_equal(wanted, given):
+      raise ValueError(
+        f"row {row} has {len(wanted)} placeholders (id {image_token}) and its images {len(given)} tokens"
+        + ("; valid: as many, and slot names their places" if len(wanted) != len(given) else " at other places")
+      )
+
+
+def slots(ids: Any, image_token: int, images: int, patches: int) -> np.ndarray:
+  """Where patches stand if every image has as many: (B, images, patches) int32.
+
+  Args:
+    ids: (B, S) int32.
+    image_token: the id of placeholders.
+    images: R, room for images of a row.
+    patches: N of an image.
+
+  Raises:
+    ValueError: a row's placeholders are no multiple of `patches`, or of more images than there is room for.
+  """
+  ids = np.asarray(ids)
+  out = np.full((len(ids), images * patches), -1, np.int32)
+  for row, line in enumerate(ids):
+    there = np.flatnonzero(line == image_token)
+    if len(there) % patches or len(there) > images * patches:
+      raise ValueError(
+        f"row {row} has {len(there)} placeholders (id {image_token}); valid: {patches} for each of up to {images} "
+        "images"
+      )
+    out[row, : len(there)] = there
+  return out.reshape(len(ids), images, patches)
+
+
+def write(
+  model: VLM, params: Any, ids: Any, images: Any, slot: Any, mask: Any = None, max_new_tokens: int = 32, *,
+  stop_tokens: tuple[int, ...] = (), temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, position: Any = None,
+) -> Generated:  # fmt: skip
+  """Continues prompts with images; arguments as in `VLM.__call__` and `generate.generate`.
+
+  Raises:
+    ValueError: an argument that is not valid, or placeholders that do not fit; before anything is compiled.
+  """
+  ids, mask = np.asarray(ids), np.ones(np.shape(ids), bool) if mask is None else np.asarray(mask) > 0
+  generate.check(max_new_tokens, temperature, top_p)
+  known = model.known(ids, slot, mask)
+  capacities(model.llm.sites, known.length, known.census)
+  inputs = dict(ids=ids, images=images, slot=slot, mask=mask, position=position)
+  stop = jnp.asarray(tuple(stop_tokens), jnp.int32)
+  sampling = (jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
+  return generate.run(model, params, inputs, stop, sampling, jax.random.key(seed), known, max_new_tokens, top_p < 1)
+
+
+def split(sites: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict], dict[str, dict], bool]:
+  """Sites of tower and language model, and whether positions are counted anew behind the tower.
+
+  Raises:
+    ValueError: a stack that is neither, or a policy that does not exist.
+  """
+  parts: dict[str, dict] = {name: {} for name in STACKS}
+  anew = False
+  for name, site in sites.items():
+    stack, site = site.get("stack", "encoder"), dict(site)
+    if stack not in STACKS:
+      raise ValueError(f"sites.{name}.stack={stack!r} does not exist in this model; {nearest(str(stack), STACKS)}")
+    if stack == "encoder":
+      policy = site.pop("position", "original")
+      if policy not in POSITIONS:
+        raise ValueError(f"sites.{name}.position={policy!r} is not a policy; {nearest(str(policy), POSITIONS)}")
+      anew |= policy == "reindex"
+    parts[stack][name] = site
+  return parts["encoder"], parts["llm"], anew
+
+
+def make(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any]) -> VLM:
+  """The module for `config.model` (the tower), `config.projector`, `config.llm` and sites.
+
+  Raises:
+    ValueError: names the field, the value and what is valid.
+  """
+  seen, read, anew = split(sites)
+  sizes, text = vit.shape(config.model), language(config.llm)
+  tower = vit.make(config.model, seen)
+  llm = decoder.make(text, read, dtype=config.model.dtype, attention=config.model.attention)
+  if not 0 <= config.llm.image_token < text.vocab:
+    raise ValueError(f"config.llm.image_token={config.llm.image_token}; valid: 0 to {text.vocab - 1}, the vocabulary")
+  if sizes.num_classes:
+    raise ValueError(f"config.model.num_classes={sizes.num_classes}: a tower has no head; valid: 0")
+  projector = projectors.projector(config.projector.name, FrozenConfigDict(config.projector), text.width)
+  return VLM(tower, projector, llm, config.llm.image_token, anew)
+
+
+def language(config: ConfigDict) -> Shape:
+  """Sizes of `config.llm`."""
+  c = config
+  heads = max(c.num_heads, 1)
+  return Shape(
+    vocab=c.vocab, width=c.width, depth=c.depth, mlp_dim=c.mlp_dim or 4 * c.width, num_heads=c.num_heads,
+    num_kv_heads=c.num_kv_heads or c.num_heads, head_dim=c.head_dim or c.width // heads, norm_eps=c.norm_eps,
+    rope=Rope(c.rope_theta), qkv_bias=c.qkv_bias, qk_norm=c.qk_norm, tied=c.tied, max_length=c.max_length,
+  )  # fmt: skip
