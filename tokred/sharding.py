@@ -26,12 +26,13 @@ DEFAULT_RULES: Rules = (
   (r"attn/qkv/kernel", ("fsdp", None, "tensor", None)),  # (width, 3, heads, head_dim)
   (r"attn/qkv/bias", (None, "tensor", None)),  # (3, heads, head_dim)
   (r"attn/proj/kernel", ("tensor", None, "fsdp")),  # (heads, head_dim, width)
-  (r"mlp/(fc1|gate)/kernel", ("fsdp", "tensor")),  # (width, hidden)
-  (r"mlp/(fc1|gate)/bias", ("tensor",)),
-  (r"mlp/fc2/kernel", ("tensor", "fsdp")),  # (hidden, width)
+  (r"(mlp|projector)/(fc1|gate)/kernel", ("fsdp", "tensor")),  # (width, hidden)
+  (r"(mlp|projector)/(fc1|gate)/bias", ("tensor",)),
+  (r"(mlp|projector)/fc2/kernel", ("tensor", "fsdp")),  # (hidden, width)
   (r"patch_embed/kernel", (None, None, None, "fsdp")),  # (height, width, channels, width of the model)
   (r"embed/embedding", ("tensor", "fsdp")),  # (vocabulary, width)
   (r"pos_embed", (None, None, "fsdp")),  # (1, tokens, width)
+  (r"llm/head/kernel", ("fsdp", "tensor")),  # (width, vocabulary)
   (r"head/kernel", ("fsdp", None)),  # (width, classes)
 )
 

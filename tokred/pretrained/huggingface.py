@@ -126,6 +126,18 @@ def open_huggingface(directory: Path, config: Mapping[str, Any]) -> Source:
   return Source(str(directory), fields, state, lambda heads: rows(name, heads, teacher, c["num_channels"]), grid)
 
 
+def tower(file: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, Any], int]:
+  """The vision tower of a larger model: its family, fields of config.model, and how many layers it has.
+
+  Args:
+    file: config.json, for errors.
+    config: what it holds; the tower's part is `vision_config`.
+  """
+  name, own = _tower(file.parent, config)
+  fields, _ = _fields(file.parent, {**FAMILIES[name].defaults, **own}, name, {}, 0)
+  return name, fields, fields["depth"]
+
+
 def _tower(directory: Path, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
   """The family of the vision tower and its part of config.json."""
   kind = str(config.get("model_type"))
