@@ -1,0 +1,112 @@
+"""A VLM shipped as StableHLO writes what the model writes, in a process of its own, at every count of image tokens."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tokred.export import ExportError
+from tokred.export.generation import open_generation, save_generation
+from tokred.model import build
+
+IMAGE = 3
+CONFIG = dict(
+  model=dict(name="vlm", variant="mu/4", image_size=(16, 16), num_classes=0, depth=1),
+  llm=dict(vocab=40, width=32, depth=2, num_heads=4, num_kv_heads=2, mlp_dim=48, image_token=IMAGE),
+)
+SIZES = dict(prompt_length=24, max_new_tokens=5, batch_size=2)
+
+
+def sites(count):
+  return dict(  # CLS stays in the tower
+    out=dict(reducer="topk", score="key_norm", layers=(-1,), place="output", keep=count + 1),
+    llm=dict(stack="llm", reducer="topk", score="last_attention", layers=(1,), place="before", keep=0.5),
+  )
+
+
+@functools.cache
+def model(count=8):
+  params = build(CONFIG).init(0).params if count == 8 else model().params
+  larger = lambda a: a * 2 if a.ndim > 1 else a  # noqa: E731
+  params = jax.tree.map(larger, params) if count == 8 else params
+  return dataclasses.replace(build(CONFIG | dict(sites=sites(count))), params=params)
+
+
+@functools.cache
+def prompts():
+  """Two questions of different lengths, padding in front of one."""
+  rng = np.random.default_rng(0)
+  ids = np.array([[0, 0, 5, *[IMAGE] * 16, 6, 7], [8, 9, *[IMAGE] * 16, 10, 11, 12]], np.int32)
+  return dict(ids=ids, images=rng.normal(size=(2, 1, 16, 16, 3)).astype(np.float32), mask=ids > 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("export") / "vlm"
+  save_generation(model(), path, **SIZES, prompts=prompts())
+  return path
+
+
+def test_what_is_shipped_writes_as_the_model(folder):
+  """`save_generation` has compared the tokens in a fresh process; here a batch that is filled, and a stop."""
+  p, found = prompts(), open_generation(folder)
+  whole = found.write(**p)
+  assert whole.shape == (2, 5) and found.card["counts"] == [8]
+  alone = found.write(p["ids"][1:], p["images"][1:], max_new_tokens=3)
+  np.testing.assert_array_equal(alone, whole[1:, :3])
+  stop = int(whole[0, 1])
+  end = whole[0].tolist().index(stop)
+  stopped = found.write(**p, stop=[stop])
+  np.testing.assert_array_equal(stopped[0], np.where(np.arange(5) <= end, whole[0], 0))
+
+
+@pytest.mark.thorough
+def test_several_counts(tmp_path):
+  card = save_generation([model(8), model(4)], tmp_path / "vlm", **SIZES, prompts=prompts())
+  assert card["counts"] == [4, 8] and card["cache_bytes"]["4"] < card["cache_bytes"]["8"]
+  found, p = open_generation(tmp_path / "vlm"), prompts()
+  for count in (4, 8):
+    whole = np.asarray(model(count).write(p["ids"], p["images"], p["mask"], 5).tokens)
+    np.testing.assert_array_equal(found.write(**p, count=count), whole)
+
+
+def test_bad_prompts(folder):
+  p, found = prompts(), open_generation(folder)
+  for message, changed in {
+    r"count=5: no such count of image tokens; valid: 8": dict(count=5),
+    r"max_new_tokens=9; valid: 1 to 5": dict(max_new_tokens=9),
+    r"ids of shape \(2, 42\) and mask of \(2, 42\); valid: at most \(2, 24\)": dict(
+      ids=np.tile(p["ids"], 2), mask=np.tile(p["mask"], 2)
+    ),
+    r"images of shape \(2, 16, 16, 3\); valid: \(2, 1, 16, 16, 3\)": dict(images=p["images"][:, 0]),
+    r"row 1 has 15 placeholders \(id 3\); valid: 16, 16 for each of 1 images": dict(
+      ids=np.where(np.arange(42).reshape(2, 21) == 21 + 5, 6, p["ids"])
+    ),
+  }.items():
+    with pytest.raises(ValueError, match=message):
+      found.write(**p | changed)
+
+
+def test_bad_exports(folder, tmp_path):
+  with pytest.raises(ValueError, match=r"prompt_length=16; valid: 17 or more"):
+    save_generation(model(), tmp_path / "new", **SIZES | dict(prompt_length=16))
+  with pytest.raises(ValueError, match=r"batch_size=0; valid: 1 or more"):
+    save_generation(model(), tmp_path / "new", **SIZES | dict(batch_size=0))
+  with pytest.raises(ValueError, match=r"two models leave 8 tokens of an image; valid: different counts"):
+    save_generation([model(), model()], tmp_path / "new", **SIZES)
+  with pytest.raises(ValueError, match=r"platforms has 'gpu'; valid: cpu, cuda, rocm, tpu"):
+    save_generation(model(), tmp_path / "new", **SIZES, platforms=["gpu"])
+  (tmp_path / "file").write_text("mine")
+  with pytest.raises(ValueError, match=r"exists and is no such export"):
+    save_generation(model(), tmp_path, **SIZES)
+  with pytest.raises(ExportError, match=r"holds no export of a vision-language model"):
+    open_generation(tmp_path)
+  shutil.copytree(folder, tmp_path / "copy")
+  card = json.loads((tmp_path / "copy" / "generation.json").read_text())
+  (tmp_path / "copy" / "generation.json").write_text(json.dumps(card | {"max_new_tokens": 9}))
+  with pytest.raises(ExportError, match=r"is damaged: generation.json has"):
+    open_generation(tmp_path / "copy")
