@@ -2,7 +2,8 @@
 
 `at_budget` spreads a budget by a rule.  `greedy` and `sigmoid` try counts on images, in the manner of G-Search and
 P-Sigmoid (Zhao et al., 2024, arXiv:2412.00556, there for language models): the baselines that learned rates must beat.
-Both run one compiled program in mask mode whose counts are an input.
+Both run one compiled program in mask mode whose counts are an input.  `arank` tells which layers of a language model
+few tokens need.
 """
 
 import collections
@@ -16,6 +17,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokred import cost, losses
+from tokred.arank import arank as arank
+from tokred.arank import converted as converted
+from tokred.arank import rank_of as rank_of
 from tokred.config import complete, nearest
 from tokred.layout import Spot, Stack, walk
 from tokred.model import Model, build, without_sites

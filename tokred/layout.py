@@ -45,6 +45,7 @@ class Spot:
   proportional: bool = False
   budget: float | int | None = None  # `keep` as the site says it: a share, or a number; None: it says r, or learns
   position: str = "original"  # llm: what happens to the positions of those that stay
+  of: str = "arriving"  # llm: or "input", what a share is one of
 
   @property
   def type(self) -> type[base.Reducer]:

@@ -16,6 +16,13 @@ from tokred.tokens import Array, Tokens, straight_through
 
 RATES = ("fixed", "scheduled", "learned", "threshold", "learned_threshold")
 LEARNED = ("learned", "learned_threshold")
+APPENDED = "state/appended"  # (B, N) bool feature: behind the prompt, so that it must decide for itself
+
+
+def of_prompt(tokens: Tokens) -> Array:
+  """(B, N) bool: alive, and not appended behind the prompt of a language model."""
+  appended = tokens.feats.get(APPENDED)
+  return tokens.alive if appended is None else tokens.alive & ~appended
 
 
 def tome_schedule(r: int | float | Sequence[float], depth: int) -> list[int]:
@@ -74,6 +81,53 @@ def survival(logits: Array, counts: Sequence[int], n: int, protected: int) -> Ar
   return jnp.sum(jnp.where(reaches, jax.nn.softmax(logits.astype(jnp.float32)), 0.0), axis=-1)
 
 
+def soft_topk(score: Array, k: Array | float, steps: int = 64) -> Array:
+  """sigmoid(s_i + t), with t such that they add up to k: weights in (0, 1) that learn.  (Zhu et al., 2025,
+  VisionSelector)
+
+  t comes from bisection, and its gradient from the sum that it keeps: dt = -sum_i w'_i ds_i / sum_i w'_i.
+
+  Args:
+    score: (..., N), computed in float32.
+    k: between 0 and N, a number or (...).
+    steps: of bisection.
+  """
+  score, k = score.astype(jnp.float32), jnp.asarray(k, jnp.float32)[..., None]
+  fixed = jax.lax.stop_gradient(score)
+  reach = 30.0  # sigmoid(-30) is nothing in float32
+  low, high = -fixed.max(-1, keepdims=True) - reach, -fixed.min(-1, keepdims=True) + reach
+
+  def halve(_: int, span: tuple[Array, Array]) -> tuple[Array, Array]:
+    low, high = span
+    middle = (low + high) / 2
+    few = jax.nn.sigmoid(fixed + middle).sum(-1, keepdims=True) < k
+    return jnp.where(few, middle, low), jnp.where(few, high, middle)
+
+  low, high = jax.lax.fori_loop(0, steps, halve, (low, high))
+  t = (low + high) / 2
+  slope = jax.nn.sigmoid(fixed + t)
+  slope = (slope * (1.0 - slope)).sum(-1, keepdims=True)
+  sums = jax.nn.sigmoid(score + t).sum(-1, keepdims=True)  # its value is k but for rounding; its gradient moves t
+  shift = (sums - jax.lax.stop_gradient(sums)) / jnp.maximum(slope, jnp.finfo(jnp.float32).tiny)
+  return jax.nn.sigmoid(score + t - shift)
+
+
+def flowcut_count(cls: Array, n: int, target: int, layers_left: int) -> Array:
+  """Tokens that FlowCut takes away: round((n - target) / sqrt(layers left) (1 - (H / ln n)^2)), H the entropy of CLS's
+  attention in nats; the most of the batch, a float32 scalar.  (Tong et al., 2025, FlowCut)
+
+  Args:
+    cls: (B, n) attention of CLS to the tokens that are left; it is made to add up to 1.
+    n: how many these are.
+    target: how many shall be left in the end.
+    layers_left: blocks that follow, this one counted.
+  """
+  share = cls / cls.sum(1, keepdims=True)
+  entropy = -(share * jnp.log(jnp.maximum(share, jnp.finfo(jnp.float32).tiny))).sum(1)
+  gone = (n - target) / math.sqrt(layers_left) * (1.0 - jnp.square(entropy / math.log(n)))
+  return jnp.clip(jnp.round(gone).max(), 0, n - target)
+
+
 class Learned(nn.Module):
   """A distribution over candidate counts.  (Chen et al., 2023, DiffRate, arXiv:2305.17997)
 
@@ -99,11 +153,13 @@ class Threshold:
 
   value: float | Array
   capacity: int = struct.field(pytree_node=False, default=0)
+  most: Array | None = None  # (B,) int32: no more than so many in each row
 
   def count(self, tokens: Tokens, score: Array) -> Array:
-    """(B,) int32 counts, protected tokens included."""
-    passes = tokens.alive & (tokens.protected | (score >= self.value))
-    return jnp.minimum(passes.sum(1, dtype=jnp.int32), self.capacity)
+    """(B,) int32 counts, protected tokens included; of a language model's tokens those of the prompt."""
+    passes = of_prompt(tokens) & (tokens.protected | (score >= self.value))
+    count = jnp.minimum(passes.sum(1, dtype=jnp.int32), self.capacity)
+    return count if self.most is None else jnp.minimum(count, self.most)
 
 
 @struct.dataclass
@@ -112,6 +168,91 @@ class Rows:
 
   count: Array  # (B,) int32, protected tokens included
   capacity: int = struct.field(pytree_node=False, default=0)
+
+
+def soft_threshold(score: Array, free: Array, count: Array, temperature: float, newton: int = 0) -> Array:
+  """t with sum over the free of sigmoid((s - t) / tau) = count, (B,) float32, differentiable in s and in the count.
+
+  Bisection, and then the gradient of what it has solved; 60 halvings are exact in float32.  Newton's steps from the
+  median are those of QTSplus; where the sum is nearly flat they run away.
+
+  Args:
+    score: (B, N).
+    free: (B, N) bool.
+    count: (B,) float32; at most the number of the free, which is met only in the limit.
+    temperature: tau.
+    newton: steps of Newton's instead.
+  """
+  score = jnp.where(free, score.astype(jnp.float32), 0.0)
+  fixed, total = jax.lax.stop_gradient(score), free.sum(1).astype(jnp.float32)
+  count = jnp.clip(count, 1e-3, jnp.maximum(total - 1e-3, 1e-3))
+
+  def excess(score: Array, t: Array) -> tuple[Array, Array]:
+    chance = jnp.where(free, jax.nn.sigmoid((score - t[:, None]) / temperature), 0.0)
+    return chance.sum(1) - count, jnp.where(free, chance * (1 - chance), 0.0).sum(1) / temperature
+
+  if newton:
+    t = jnp.nanmedian(jnp.where(free, score, jnp.nan), axis=1)
+    for _ in range(newton):
+      gap, slope = excess(score, t)
+      t = t + gap / jnp.maximum(slope, 1e-12)
+    return t
+  reach = 20.0 * temperature
+
+  def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    low, high = ends
+    t = 0.5 * (low + high)
+    more = excess(fixed, t)[0] > 0  # too many pass: higher
+    return jnp.where(more, t, low), jnp.where(more, high, t)
+
+  low, high = fixed.min(1) - reach, fixed.max(1) + reach
+  t = jax.lax.stop_gradient(sum(jax.lax.fori_loop(0, 60, halve, (low, high))) / 2)
+  gap, slope = excess(score, t)
+  step = gap / jnp.maximum(jax.lax.stop_gradient(slope), 1e-6)
+  return t + step - jax.lax.stop_gradient(step)
+
+
+@struct.dataclass
+class Shares:
+  """What a learned share of a prompt's visual tokens is taken of."""
+
+  text: Array  # (B,) int32 protected tokens
+  free: Array  # (B,) int32 the others, at the language model's input
+
+
+class LearnedShare(nn.Module):
+  """A distribution over shares of a prompt's visual tokens, so that prompts of any length learn together.
+
+  rho = softmax(theta), q = sum_k (k / K) rho_k for k = 1 .. K, n_b = ceil(q free_b) + text_b; theta starts at 0.  As in
+  `Learned`, rank j survives with probability sum_k rho_k [j < (k / K) free_b + text_b].  q is a multiple of 2^-12, so
+  that a frozen share counts the same tokens on the host.
+  """
+
+  steps: int  # K
+
+  @nn.compact
+  def __call__(self, of: Shares, n: int) -> tuple[Array, Array, Array]:
+    """Counts (B,) int32, survival by rank (B, n) float32, and q, a float32 scalar with its gradient."""
+    logits = self.param("logits", nn.initializers.zeros, (self.steps,), jnp.float32)
+    shares = jnp.arange(1, self.steps + 1, dtype=jnp.float32) / self.steps
+    chance = jax.nn.softmax(logits)
+    mean = jnp.sum(chance * shares)
+    share = straight_through(jnp.clip(jnp.round(mean * GRAIN), 1, GRAIN) / GRAIN, mean)
+    free = of.free.astype(jnp.float32)
+    count = jnp.ceil(jax.lax.stop_gradient(share) * free).astype(jnp.int32) + of.text
+    rank = jnp.arange(n, dtype=jnp.float32)[None, :, None] - of.text[:, None, None]
+    reaches = rank < shares * free[:, None, None]  # (B, n, K)
+    return count, jnp.sum(jnp.where(reaches, chance, 0.0), axis=-1), share
+
+
+def frozen_share(logits: Array) -> float:
+  """The share that a `LearnedShare` has learned, for `keep`."""
+  chance = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
+  shares = jnp.arange(1, len(chance) + 1, dtype=jnp.float32) / len(chance)
+  return float(jnp.clip(jnp.round(jnp.sum(chance * shares) * GRAIN), 1, GRAIN) / GRAIN)
+
+
+GRAIN = 4096.0  # shares are multiples of one part in so many: times a count below 2^12 they are exact in float32
 
 
 def threshold_gate(score: Array, value: Array | float, temperature: float) -> Array:

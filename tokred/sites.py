@@ -21,6 +21,7 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
   anneal       ((option, from, to, first step, last step), ...): an option of the reducer, such as a temperature, that
                goes geometrically from one value to the other while training
   position     llm: original (those that stay keep their positions) or reindex (they are counted anew from 0)
+  of           llm: what a share is one of: arriving (visual tokens), or input (those that the language model got)
   proportional log(size) biases attention from here on; the reducer's own rule where it is not given
 
 Every other field is an option of the reducer, that is a field of its class.
@@ -40,8 +41,10 @@ from tokred.reducers import base
 from tokred.tokens import Array, Tokens
 
 FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold")
-FIELDS += ("proportional", "until", "softness", "anneal", "position")
+FIELDS += ("proportional", "until", "softness", "anneal", "position", "of")
 POSITIONS = ("original", "reindex")
+WHOLES = ("arriving", "input")
+SHARES = 32  # that a learned rate of a language model chooses among
 PLACED = frozenset({"layer", "depth"})  # fields of a reducer that its site fills in
 
 
@@ -80,20 +83,25 @@ class Step(nn.Module):
     keeps = {} if keeps is None else keeps
     options = {option: keeps[key] for option, *_ in spot.anneal if (key := f"{spot.site}.{option}") in keeps}
     reducer = spot.module(**options, name=spot.reducer)
+    keep = spot.keep
+    if spot.site in keeps:
+      keep = keeps[spot.site][spot.index]
     if spot.rate == "learned":
       if mode == "gather":
         raise ValueError(
           f"sites.{spot.site}.rate='learned' has no integer counts yet: call tokred.freeze(model), or use mode='mask'"
         )
+      if isinstance(keep, rates.Shares):
+        count, survival, share = rates.LearnedShare(SHARES, name="rate")(keep, tokens.x.shape[1])
+        rows = rates.Rows(count, tokens.x.shape[1])
+        tokens, report = reducer(tokens, rows, train=train, mode=mode, survival=survival if train else None)
+        return tokens, report | {"count": count.astype(jnp.float32).mean(), "share": share}
       count, survival = rates.Learned(spot.candidates, spot.protected, name="rate")(tokens.x.shape[1])
       tokens, report = reducer(
         tokens, count.astype(jnp.int32), train=train, mode=mode, survival=survival if train else None
       )
       return tokens, report | {"count": count}
-    keep = spot.keep
-    if spot.site in keeps:
-      keep = keeps[spot.site][spot.index]
-    if spot.rate == "threshold":
+    if spot.rate == "threshold" and not isinstance(keep, rates.Threshold):
       keep = rates.Threshold(spot.threshold, spot.keep)
     if spot.rate == "learned_threshold":
       keep = rates.LearnedThreshold(spot.threshold, spot.softness, spot.keep, name="rate")
@@ -187,7 +195,7 @@ def _check_scopes(sites: Sites) -> None:
         )
     last = sites.at(-1, "output") if scope.until == sites.stack.depth - 1 else ()
     for spot in (*sites.at(scope.until + 1, "before", "around"), *last):
-      if needs := spot.module().needed():
+      if needs := [need for need in spot.module().needed() if not need.endswith("_ahead")]:
         raise ValueError(
           f"sites.{spot.site}.reducer={spot.reducer!r} reads {', '.join(needs)} of block {scope.until}, of which only "
           f"tokens in {where} have it; let it act behind another block, or by a score that needs no features"
@@ -209,6 +217,11 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
   for cls, reducer in zip(classes, names, strict=True):
     if place not in cls.places:
       raise ValueError(f"{field}.place={place!r} does not suit reducer {reducer!r}; valid: {', '.join(cls.places)}")
+  for cls, reducer in zip(classes, names, strict=True):
+    if stack.name not in cls.stacks:
+      raise ValueError(
+        f"{field}.stack={stack.name!r} does not suit reducer {reducer!r}; valid: {', '.join(cls.stacks)}"
+      )
   if site.get("stack", stack.name) != stack.name:
     raise ValueError(f"{field}.stack={site['stack']!r} does not exist in this model; valid: {stack.name}")
   layers = (-1,) if place == "output" else site.get("layers")
@@ -264,8 +277,12 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
   if position not in POSITIONS or ("position" in site and stack.name != "llm"):
     valid = nearest(str(position), POSITIONS) if stack.name == "llm" else "only sites with stack='llm' have a policy"
     raise ValueError(f"{field}.position={position!r} is not a policy; {valid}")
+  whole = site.get("of", "arriving")
+  if whole not in WHOLES or ("of" in site and stack.name != "llm"):
+    valid = nearest(str(whole), WHOLES) if stack.name == "llm" else "only sites with stack='llm' have it"
+    raise ValueError(f"{field}.of={whole!r} is not what a share is of; {valid}")
   options = _options(field, site, names, classes)
-  common = dict(position=position, site=name, place=place, rate=rate, granularity=site.get("granularity", 1))
+  common = dict(position=position, of=whole, site=name, place=place, rate=rate, granularity=site.get("granularity", 1))
   thresholds = site.get("threshold", 0.0)
   thresholds = tuple(thresholds) if isinstance(thresholds, (tuple, list)) else (thresholds,) * len(layers) * len(names)
   numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in thresholds)

@@ -176,8 +176,8 @@ def fold(tokens: Tokens, plan: Plan, *, survival: Array | None = None, form: str
   Args:
     tokens: N tokens.
     plan: the reduction.
-    survival: (N,) probability that the token of each rank survives, from a learned rate; its gradient is that of the
-      gate of the token that stands there (straight-through), and zero in a row from which no token goes.
+    survival: (N,) or (B, N) probability that the token of each rank survives, from a learned rate; its gradient is
+      that of the gate of the token that stands there (straight-through), and zero in a row from which no token goes.
     form: see `take`.
 
   Returns:
@@ -187,7 +187,7 @@ def fold(tokens: Tokens, plan: Plan, *, survival: Array | None = None, form: str
   kept = plan.gate
   if survival is not None:  # beside the gradient that the gate has already
     learned = jnp.issubdtype(kept.dtype, jnp.floating)
-    chance = survival[place]
+    chance = survival[place] if survival.ndim == 1 else take(survival, place)
     # A count that takes nothing away learns nothing from the task: the authors of DiffRate skip such a step.
     takes = (tokens.alive & (kept <= 0)).any(1, keepdims=True)
     chance = jnp.where(takes, chance, jax.lax.stop_gradient(chance))

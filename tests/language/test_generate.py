@@ -53,7 +53,7 @@ def test_a_cache_of_one_length_serves_all_prompts():
   kinds = dict(max_new_tokens=6, cache_length=14, stop_tokens=(77,))
   mask = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
   free = generate(module, params, IDS, max_new_tokens=6, stop_tokens=(77,))
-  before = writing._run._cache_size()
+  before = writing.run._cache_size()
   for ids, there in ((IDS, None), (IDS, mask), (IDS[:, :3], None), (np.pad(IDS, ((0, 0), (5, 0))), None)):
     if ids.shape[1] > 8:
       there = np.arange(ids.shape[1])[None].repeat(2, 0) >= 5
@@ -61,7 +61,7 @@ def test_a_cache_of_one_length_serves_all_prompts():
     assert got.tokens.shape == (2, 6)
     if ids.shape[1] > 8 or (there is None and ids.shape[1] == 6):
       np.testing.assert_array_equal(got.tokens, free.tokens)
-  assert writing._run._cache_size() - before == 1
+  assert writing.run._cache_size() - before == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from languages import forward, golden, needs_golden, recorded, tiny
+from languages import batch, forward, golden, needs_golden, recorded, tiny
 
 from tokred.nn import budget, decoder
 from tokred.nn.generate import generate
@@ -91,14 +91,6 @@ SITES = {
   "mmr": dict(a=dict(stack="llm", reducer="mmr", score="key_norm", layers=(0, 1), keep=0.6)),
 }
 ALL = ["mixed", *(pytest.param(name, marks=pytest.mark.thorough) for name in SITES if name != "mixed")]
-
-
-def batch():
-  """Two prompts: 6 + 3 words around 7 visual tokens, padded on the left; 3 + 4 words around 5 of them and 2."""
-  rng = np.random.default_rng(3)
-  kinds = ["p" * 2 + "t" * 4 + "v" * 7 + "t" * 3, "t" * 2 + "v" * 5 + "t" * 4 + "v" * 4 + "t"]
-  kinds = np.array([list(kind) for kind in kinds])
-  return rng.integers(0, 50, kinds.shape).astype(np.int32), kinds != "p", kinds != "v"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -202,13 +194,19 @@ def test_masked_is_gathered_and_garbage_is_inert(name):
     (dict(FASTV, layers=(0,)), r"sites.s.layers has 0, but 'topk' reads last_attention of the block before; valid: fr"),
     (dict(FASTV, layers=(3,)), r"sites.s.layers has 3, but the llm has layers 0 to 2"),
     (dict(FASTV, position="orignal"), r"sites.s.position='orignal' is not a policy; did you mean 'original'"),
-    (dict(FASTV, place="around"), r"sites.s.place='around' is not available in the llm; valid: after, attn, before"),
+    (dict(FASTV, place="output"), r"sites.s.place='output' is not available in the llm; valid: after, ahead, around, "),
     (dict(FASTV, stack="encoder"), r"sites.s.stack='encoder' does not exist in this model; valid: llm"),
     (dict(FASTV, score="cls_attention"), r"sites.s.reducer='topk' scores by cls_attention, .*without a CLS token"),
     (dict(FASTV, score="pagerank"), r"sites.s.reducer='topk' reads pagerank_30, which the llm does not have at place="),
     (dict(FASTV, score="last_attention_ahead", place="after"), r"reads last_attention_ahead, .*place='after'"),
-    (dict(stack="llm", reducer="topk", score="key_norm", layers=(1,), rate="learned"), r"sites.s.rate='learned': in t"),
-    (dict(stack="llm", reducer="tome", layers=(1,), r=2), r"sites.s.rate='fixed': in the llm tokens are counted by a"),
+    (
+      dict(FASTV, rate="learned_threshold"),
+      r"sites.s.rate='learned_threshold': in the llm tokens are counted by a fix",
+    ),
+    (
+      dict(stack="llm", reducer="mmr", score="key_norm", layers=(1,), r=2),
+      r"sites.s.rate='fixed': in the llm tokens a",
+    ),
     (
       dict(stack="llm", reducer="tome", layers=(1,), keep=0.5),
       r"sites.s.reducer='tome' is not available in the llm; v",

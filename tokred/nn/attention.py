@@ -26,6 +26,7 @@ from tokred.scores import PAGERANK
 from tokred.tokens import Array
 
 IMPLEMENTATIONS = ("auto", "matmul", "fused")
+SHARED = -2  # the segment of tokens that all segments of their row see
 
 
 def implementation(name: str) -> str:
@@ -56,7 +57,8 @@ def attend(
     size: (B, N) float32 positive weights of the keys; None: ones.
     mask: (B, N); bool masks dead keys (they must follow the survivors), float32 gates them and passes gradients;
       None: all alive.
-    segment: (B, N) int32; tokens attend to those of the same number, -1 (nobody's) to each other.  All must be finite.
+    segment: (B, N) int32; tokens attend to those of the same number, -1 (nobody's) to each other, and all to those of
+      SHARED.  All must be finite.
     causal: whether tokens attend only to those that do not stand behind them; (B, N) int32: that do not have a larger
       number, for tokens that stand in another order.
     impl: "auto", "matmul" or "fused".
@@ -65,11 +67,13 @@ def attend(
     (B, H, N, d) of the dtype of v.  Rows of dead queries are finite if q, k and v are.
 
   Raises:
-    ValueError: both a mask and segments are given.
+    ValueError: both a mask of who is dead and segments are given.
   """
-  if mask is not None and segment is not None:
+  if mask is not None and mask.dtype == bool and segment is not None:
     raise ValueError("attend takes a mask or segments; give who is dead segment -1")
-  within = None if segment is None else (segment[:, :, None] == segment[:, None])[:, None]  # (B, 1, N, N)
+  within = None  # (B, 1, N, N)
+  if segment is not None:
+    within = ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == SHARED))[:, None]
   fused = implementation(impl) == "fused"
   if isinstance(causal, bool) and causal and fused and within is None and (mask is None or mask.dtype == bool):
     return _fused(q, k, v, None if size is None else jnp.log(size), mask, None, causal=True)

@@ -5,24 +5,31 @@ tokens of a row, text included.  Shapes are those of the row that keeps most.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from tokred import cost
 from tokred.config import nearest
 from tokred.layout import Sites, Spot, Stack
-from tokred.nn.attention import FEATURES
-from tokred.rates import Rows
+from tokred.nn.decoder_scope import ROUTE
+from tokred.nn.received import FEATURES
+from tokred.rates import Rows, Shares, Threshold
 from tokred.sites import parse
 from tokred.tokens import Array
 
-PLACES = ("before", "attn", "after")
+PLACES = ("before", "around", "ahead", "attn", "after")
 # Planners that look at a row's free tokens only and take a count for each row.  Those that split tokens by their places
 # in a row (ToMe and its kin) would take the text into account, and the padding.
-SUITED = ("dpcknn", "maxmin", "mmr", "topk")
-PROVIDED = ("last_attention", "last_attention_ahead", "query", "key", "value", "update")
+SUITED = ("autoencoder", "dpcknn", "dtd", "facility", "flashvlm", "gumbel", "holov", "kmedoids", "maxmin", "mmr")
+SUITED += ("mmtok", "pool", "remember", "sparsevlm", "temporal_merge", "topk", "visionzip")
+LEARNED = ("atp", "covipal", "dyvte", "glimpse", "qtsplus")  # these read the text, too
+ROUTERS = ("gamma_mod", "router")  # around a layer
+PROVIDED = ("last_attention", "last_attention_ahead", "query", "key", "value", "update", "self_attention")
+PROVIDED += ("text_attention",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,22 +67,41 @@ def layout(sites: Mapping[str, Any], depth: int, length: int) -> Sites:
     field = f"sites.{spot.site}"
     if spot.place not in PLACES:
       raise ValueError(f"{field}.place={spot.place!r} is not available in the llm; {nearest(spot.place, PLACES)}")
-    if spot.rate != "fixed" or spot.budget is None:
-      raise ValueError(
-        f"{field}.rate={spot.rate!r}: in the llm tokens are counted by a fixed keep, not by r or learned"
-      )
-    if spot.reducer not in SUITED:
-      raise ValueError(f"{field}.reducer={spot.reducer!r} is not available in the llm; {nearest(spot.reducer, SUITED)}")
+    valid = {"around": ROUTERS, "ahead": ("attention_gate",)}.get(spot.place, SUITED + LEARNED)
+    if spot.reducer not in valid:
+      raise ValueError(f"{field}.reducer={spot.reducer!r} is not available in the llm; {nearest(spot.reducer, valid)}")
+    _check_rate(spot, field)
     if spot.proportional:
       raise ValueError(f"{field}.proportional=True is not available in the llm; valid: False")
+    if spot.until > spot.layer:
+      raise ValueError(f"{field}.until={spot.until}: in the llm tokens go round one layer; valid: {spot.layer}")
+    if spot.place in ("ahead", "attn", "after") and (scope := out.at(spot.layer, "around")):
+      raise ValueError(
+        f"{field}.layers has {spot.layer}, where tokens go round because of sites.{scope[0].site}; valid: other layers"
+      )
+    options = dict(spot.options)
+    if not spot.layer <= options.get("guide", spot.layer) < depth and options["guide"] != -1:
+      raise ValueError(
+        f"{field}.guide={options['guide']} is no layer behind it; valid: {spot.layer} to {depth - 1}, or -1"
+      )
     for need in spot.module(parent=None).needed():
-      if need not in PROVIDED or (need.endswith("_ahead") and spot.place != "before"):
+      known = (*PROVIDED, ROUTE) if spot.place == "around" else PROVIDED
+      if need not in known or (need.endswith("_ahead") and spot.place not in ("before", "around")):
         valid = [name for name in PROVIDED if not name.endswith("_ahead") or spot.place == "before"]
         raise ValueError(
           f"{field}.reducer={spot.reducer!r} reads {need}, which the llm does not have at place={spot.place!r}; valid: "
           f"scores of {', '.join(valid)}"
         )
   return out
+
+
+def _check_rate(spot: Spot, field: str) -> None:
+  counted = spot.budget is not None or spot.rate == "learned"
+  if spot.rate not in ("fixed", "threshold", "learned") or not counted:
+    raise ValueError(
+      f"{field}.rate={spot.rate!r}: in the llm tokens are counted by a fixed keep, a threshold, or learned shares, not "
+      "by r"
+    )
 
 
 def needs(sites: Sites, layer: int) -> tuple[str, ...]:
@@ -89,55 +115,148 @@ def ahead(sites: Sites, layer: int) -> tuple[str, ...]:
   return tuple(sorted(need for need in wanted if need.endswith("_ahead")))
 
 
-def capacities(sites: Sites, slots: int, known: Census) -> tuple[int, ...]:
+def guides(sites: Sites) -> tuple[Spot, ...]:
+  """Spots that learn from the attention of a deeper layer."""
+  return tuple(spot for spot in sites.spots if dict(spot.options).get("guide", -1) >= 0)
+
+
+def routed(sites: Sites) -> bool:
+  """Whether layers share a router."""
+  return any(ROUTE in spot.module(parent=None).needed() for spot in sites.spots)
+
+
+def capacities(sites: Sites, slots: int, known: Census, more: bool = False) -> tuple[int, ...]:
   """Tokens that leave each spot, of the row that keeps most.
 
   Args:
     sites: of `layout`.
     slots: tokens of a row, padding counted.
     known: of the batch.
+    more: whether tokens stand behind the prompts, which go through a layer by a rule of their own.
 
   Raises:
     ValueError: a number of tokens that leaves no room for a prompt's text.
   """
   n, free, out = slots, known.free, []
   for spot in sites.spots:
-    if isinstance(spot.budget, float) and spot.budget <= 1.0:
-      left = _share(spot, free)
-      n, free = n - free + left, left
+    share, reducer = isinstance(spot.budget, float) and spot.budget <= 1.0, spot.module(parent=None)
+    if spot.place == "ahead" or spot.rate == "learned" or (more and spot.place == "around"):
+      out.append(n)
+      continue
+    if spot.place == "around" and reducer.text:
+      out.append(min(n, _share(spot, n) if share else int(spot.budget)))
+      continue
+    if share:
+      left = min(free, _share(spot, known.free if spot.of == "input" else free))
+      through, kept = n - free + left, left
     else:
-      keep, fewest = int(spot.budget), spot.module(parent=None).fewest(n, known.text)
+      keep, fewest = int(spot.budget), reducer.fewest(n, known.text)
       if keep < (fewest if known.free else known.text):
         raise ValueError(
           f"sites.{spot.site}.keep={keep} at layer {spot.layer}, but a prompt has {known.text} tokens of text; "
           f"valid: {fewest} or more, or a share of the visual tokens"
         )
-      n, free = min(n, keep), max(min(free, keep - known.text), 0)
-    out.append(n)
+      through, kept = min(n, keep), max(min(free, keep - known.text), 0)
+    out.append(through)
+    if spot.place != "around":  # who goes round is back
+      n, free = through, 0 if spot.type.ragged or spot.rate == "threshold" else kept
   return tuple(out)
 
 
-def rows(sites: Sites, caps: tuple[int, ...], slots: int, text: Array, free: Array) -> dict[str, tuple[Rows, ...]]:
+def rows(
+  sites: Sites, caps: tuple[int, ...], slots: int, text: Array, free: Array, asked: Array | None = None,
+  train: bool = False,
+) -> dict[str, tuple[Any, ...]]:  # fmt: skip
   """Counts of every row and spot, by site: what `Reduce` takes as `keeps`.
 
   Args:
     sites: of `layout`.
     caps: of `capacities`.
     slots: tokens of a row, padding counted.
-    text: (B,) int32 protected tokens of each prompt.
+    text: (B,) int32 protected tokens.
     free: (B,) int32 the others.
+    asked: (B,) int32 protected tokens of the prompts alone, which are ranked where the rest decides for itself; None:
+      all are.
+    train: whether routers see what follows, as experts choose.
   """
-  out: dict[str, tuple[Rows, ...]] = {}
+  out: dict[str, tuple[Any, ...]] = {}
+  source, asked = free, text if asked is None else asked
   for spot, capacity in zip(sites.spots, caps, strict=True):
-    if isinstance(spot.budget, float) and spot.budget <= 1.0:  # a table: float32 would round another way than the host
-      free = jnp.asarray([_share(spot, f) for f in range(slots + 1)], jnp.int32)[free]
+    prompt = asked if spot.place == "around" and (spot.type.answers or not train) else text
+    anyone = spot.place == "around" and spot.module(parent=None).text
+    choice = prompt + free if anyone else free
+    if spot.rate == "learned":
+      keep: Any = Shares(text, source)
+    elif spot.place == "ahead":
+      keep = Rows(text + free, capacity)
     else:
-      free = jnp.clip(int(spot.budget) - text, 0, free)
-    out[spot.site] = (*out.get(spot.site, ()), Rows(text + free, capacity))
+      if isinstance(spot.budget, float) and spot.budget <= 1.0:
+        # A table: float32 would round another way than the host.
+        of = source if spot.of == "input" else choice
+        left = jnp.minimum(jnp.asarray([_share(spot, f) for f in range(slots + 1)], jnp.int32)[of], choice)
+      else:
+        left = jnp.clip(int(spot.budget) - (0 if anyone else prompt), 0, choice)
+      count = left if anyone else prompt + left
+      keep = Threshold(spot.threshold, capacity, count) if spot.rate == "threshold" else Rows(count, capacity)
+      free = free if spot.place == "around" else left
+    out[spot.site] = (*out.get(spot.site, ()), keep)
   return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+  """Tokens of a prompt in each layer, numbers or traced scalars; what `cost` reads."""
+
+  attention: tuple[Any, ...]
+  mlp: tuple[Any, ...]
+  cache: tuple[Any, ...]  # keys and values that each layer holds, of a mean head
+
+
+def lengths(sites: Sites, text: Any, visual: Any, shares: Mapping[str, Mapping[int, Any]] | None = None) -> Lengths:
+  """Follows a prompt through the layers, in expectation: shares are not rounded, so that they can be learned.
+
+  Args:
+    sites: of `layout`.
+    text: protected tokens.
+    visual: the others at the input; a number or a traced scalar, so that tower and language model learn together.
+    shares: by site and spot, what was reported as "share", of the visual tokens that arrive, or of those at the input
+      where the rate is learned; None: rates that are learned keep all.
+  """
+  n, attention, mlp, cache = visual, [], [], []
+
+  def through(spot: Spot, n: Any) -> Any:
+    known = (shares or {}).get(spot.site, {}).get(spot.index)
+    if known is not None:
+      known = jnp.mean(known)
+      return cost.min_st(n, [known * visual]) if spot.rate == "learned" or spot.of == "input" else n * known
+    if spot.rate == "learned" or spot.budget is None:
+      return n
+    if isinstance(spot.budget, float) and spot.budget <= 1.0:
+      return cost.min_st(n, [spot.budget * visual]) if spot.of == "input" else n * spot.budget
+    return cost.min_st(n, [jnp.maximum(spot.budget - text, 0)])
+
+  def cut(layer: int, place: str, n: Any) -> Any:
+    for spot in sites.at(layer, place):
+      n = through(spot, n)
+    return n
+
+  for layer in range(sites.stack.depth):
+    n, total = cut(layer, "before", n), None
+    for spot in sites.at(layer, "around"):
+      text_too = spot.module(parent=None).text and isinstance(spot.budget, float)
+      total = (text + n) * spot.budget if text_too else text + through(spot, n)
+    total = text + n if total is None else total
+    attention.append(total)
+    held = [(shares or {}).get(spot.site, {}).get(spot.index, 1.0) for spot in sites.at(layer, "ahead")]
+    cache.append(total * jnp.mean(held[0]) if held else total)
+    n = cut(layer, "attn", n)
+    mlp.append(total if sites.at(layer, "around") else text + n)
+    n = cut(layer, "after", n)
+  return Lengths(tuple(attention), tuple(mlp), tuple(cache))
 
 
 def _share(spot: Spot, free: int) -> int:
   """Of so many visual tokens, those that a share leaves, or as few as the method can reach."""
-  reducer = spot.module(parent=None)
-  return max(reducer.count(float(spot.budget), free, 0, free), reducer.fewest(free, 0)) if free else 0
+  reducer, keep = spot.module(parent=None), float(spot.budget)
+  count = math.ceil(keep * free) if spot.of == "input" else reducer.count(keep, free, 0, free)
+  return max(count, reducer.fewest(free, 0)) if free else 0

@@ -23,7 +23,10 @@ from tokred.nn.attention import implementation
 from tokred.nn.block import ACTIVATIONS
 from tokred.nn.budget import Census
 from tokred.nn.cache import Cache, filled
-from tokred.nn.decoder_layer import INDEX, Block, Shape
+from tokred.nn.decoder_layer import SEGMENT, Block, Past, Shape
+from tokred.nn.decoder_scope import INDEX, SharedRouter
+from tokred.rates import APPENDED
+from tokred.reducers.atp import VISUAL
 from tokred.tokens import Array, Tokens
 
 DTYPES = ("float32", "bfloat16")
@@ -56,6 +59,7 @@ class Decoder(nn.Module):
     if not s.tied:
       product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
       self.head = nn.Dense(s.vocab, use_bias=False, dot_general=product, **kinds)
+    self.reduce = SharedRouter() if budget.routed(self.sites) else None
 
   def __call__(
     self,
@@ -66,6 +70,8 @@ class Decoder(nn.Module):
     protected: Array | None = None,
     position: Array | None = None,
     last: Array | None = None,
+    segment: Array | None = None,
+    state: Mapping[str, Array] | None = None,
     known: Census | None = None,
     train: bool = False,
     mode: str = "gather",
@@ -75,16 +81,24 @@ class Decoder(nn.Module):
     Args:
       ids: (B, S) int32; or
       x: (B, S, D) embeddings instead, with images in their places.
-      mask: (B, S), nonzero where there is a token; padding may be on either side.  None: everywhere.
+      mask: (B, S), nonzero where there is a token; padding may be on either side.  None: everywhere.  Floating and
+        straight-through, it gates: its gradient is that of what the dead would have given, so they must be finite.
       protected: (B, S), nonzero where a token never leaves: text.  None: everywhere.
-      position: (B, S[, axis]) int32; None: counted within each row, without padding.
+      position: (B, S[, axis]) int32; None: counted within each row or segment, without padding.
       last: (B,) int32 index into S of the prompt's last token, whose attention scores; None: the last that is there.
+      segment: (B, S) int32, a number for each of the texts that share a row, one behind the other: they do not see one
+        another.  What padding has does not matter.  None: one text a row.
+      state: features "state/..." of the tokens, (B, S) each, that reducers find in `tokens.feats`; "state/target" says
+        which visual tokens show what the answer is about, for "glimpse" to learn from.
       known: counts of the batch, of `budget.census`; needed where sites act in gather mode and `mask` or `protected`
         is traced.
       train: whether reducers may sample; randomness comes from the stream "reduce".
       mode: "mask" (all stay in place) or "gather" (those that leave are gone).
+
+    Raises:
+      ValueError: texts share rows, and sites, which count by row, act here.
     """
-    tokens, aux, _ = self._forward(ids, x, mask, protected, position, last, known, train, mode, None)
+    tokens, aux, _ = self._forward(ids, x, mask, protected, position, last, segment, state, known, train, mode, None)
     return Output(self.logits(tokens.x), tokens, aux)
 
   def prefill(
@@ -96,10 +110,13 @@ class Decoder(nn.Module):
     mask: Array | None = None,
     protected: Array | None = None,
     position: Array | None = None,
+    state: Mapping[str, Array] | None = None,
     known: Census | None = None,
   ) -> Output:
     """Reduces and caches prompts, with room for as many tokens more; logits (B, 1, vocab) of their last tokens."""
-    tokens, aux, cache = self._forward(ids, x, mask, protected, position, None, known, False, "gather", room)
+    tokens, aux, cache = self._forward(
+      ids, x, mask, protected, position, None, None, state, known, False, "gather", room
+    )
     end = jnp.maximum(tokens.alive.sum(1, dtype=jnp.int32) - 1, 0)
     return Output(self.logits(tk.take(tokens.x, end[:, None])), tokens, aux, cache)
 
@@ -107,7 +124,7 @@ class Decoder(nn.Module):
     """Appends one token to each row: (B,) int32 to logits (B, vocab) float32 of what follows, and the cache."""
     x = self.embed(ids[:, None])
     for block in self.block:
-      x, cache = block.decode(x, cache)
+      x, cache = block.decode(x, cache, self.reduce)
     return self.logits(self.norm(x))[:, 0], cache.advance()
 
   def embeddings(self, ids: Array) -> Array:
@@ -122,43 +139,80 @@ class Decoder(nn.Module):
     return jnp.einsum("bnd,vd->bnv", x, table, preferred_element_type=jnp.float32)
 
   def _forward(
-    self, ids: Any, x: Any, mask: Any, protected: Any, position: Any, last: Any, known: Census | None, train: bool,
-    mode: str, room: int | None,
+    self, ids: Any, x: Any, mask: Any, protected: Any, position: Any, last: Any, segment: Any, state: Any,
+    known: Census | None, train: bool, mode: str, room: int | None,
   ) -> tuple[Tokens, dict[str, Any], Cache | None]:  # fmt: skip
+    if segment is not None and self.sites.spots:
+      raise ValueError(
+        f"sites.{self.sites.spots[0].site}.stack='llm' counts tokens by row, but several texts share one (segment): "
+        "valid: rows of one text each"
+      )
     x = self.embed(ids) if x is None else x.astype(self.dtype)
-    mask = jnp.ones(x.shape[:2], bool) if mask is None else mask > 0
+    gate = jnp.ones(x.shape[:2], bool) if mask is None else jnp.asarray(mask)
+    mask = gate > 0
     protected = jnp.ones_like(mask) if protected is None else protected > 0
+    place, appended = jnp.arange(x.shape[1]), None
     if last is None:
       last = x.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    else:
+      appended = mask & (place > last[:, None])
+    more = {SEGMENT: segment, APPENDED: appended} | dict(state or {})
+    if any(spot.reducer == "atp" for spot in self.sites.spots):
+      more[VISUAL] = jnp.maximum(jnp.cumsum(mask & ~protected, axis=1, dtype=jnp.int32) - 1, 0)
+    tokens = _start(x, gate, protected, position, {name: jnp.asarray(a) for name, a in more.items() if a is not None})
     keeps = {}
     if self.sites.spots:
       slots, caps = x.shape[1], (x.shape[1],) * len(self.sites.spots)
       if mode == "gather":
-        caps = budget.capacities(self.sites, slots, known or _counted(mask, protected))
-      counts = ((mask & which).sum(1, dtype=jnp.int32) for which in (protected, ~protected))
-      keeps = budget.rows(self.sites, caps, slots, *counts)
-    tokens = _start(x, mask, protected, position)
+        more = appended is not None
+        caps = budget.capacities(self.sites, slots, known or _counted(mask, protected), more)
+      prompt = mask if appended is None else mask & ~appended
+      text, free, asked = (
+        (a & b).sum(1, dtype=jnp.int32) for a, b in ((mask, protected), (mask, ~protected), (prompt, protected))
+      )
+      keeps = budget.rows(self.sites, caps, slots, text, free, asked, train)
     # Decoding goes on at the largest position, on all axes at once, as M-RoPE does.
     axes = tuple(range(1, tokens.position.ndim))
     alive = tokens.alive.reshape(*tokens.mask.shape, *(1,) * (tokens.position.ndim - 2))
     following = jnp.where(alive, tokens.position, -1).max(axes).astype(jnp.int32) + 1
     aux: dict[str, Any] = {}
-    past: list[tuple[Array, ...]] = []
+    past: list[tuple[Any, ...]] = []
     for layer, block in enumerate(self.block):
-      tokens, report, (k, v, arrived) = block(tokens, last, keeps, train, mode)
+      tokens, report, left = block(tokens, last, keeps, train, mode, self.reduce)
       for name, values in report.items():
-        aux[name] = aux.get(name, {}) | values
+        aux[name] = aux.get(name, {}) | values if isinstance(values, dict) else values
       aux[f"owner/{layer}"] = tokens.owner
       if room is not None:
-        following = self._following(layer, ("before",), following, arrived)
-        past.append((filled(k, room), filled(v, room), arrived.alive.sum(1, dtype=jnp.int32), following))
+        following = self._following(layer, ("before",), following, left.outside)
+        there = self._there(layer, left, room)
+        length = left.inside.alive.sum(1, dtype=jnp.int32)
+        past.append((filled(left.k, room), filled(left.v, room), length, following, there))
         following = self._following(layer, ("attn", "after"), following, tokens)
+    self._learn(aux, mask & ~protected)
     tokens = tokens.replace(x=self.norm(tokens.x), feats={})
     if room is None:
       return tokens, aux, None
-    k, v, length, following = zip(*past, strict=True)
+    k, v, length, following, there = zip(*past, strict=True)
     slots = tuple(a.shape[2] - room for a in k)
-    return tokens, aux, Cache(k, v, length, following, jnp.zeros((), jnp.int32), slots)
+    return tokens, aux, Cache(k, v, length, following, jnp.zeros((), jnp.int32), slots, there)
+
+  def _learn(self, aux: dict[str, Any], visual: Array) -> None:
+    """Losses of those that learn from the attention of a deeper layer, of which `aux` has what is left there."""
+    for spot in budget.guides(self.sites):
+      given = aux.get(f"guide/{dict(spot.options)['guide']}")
+      arrived = aux.pop(f"arrived/{spot.site}/{spot.index}")
+      if given is not None:
+        score = tk.restore(aux[f"reduce/{spot.site}/score"][spot.index], arrived)
+        loss = spot.module(parent=None).guided(score, given, visual & (arrived >= 0))
+        aux.setdefault(f"reduce/{spot.site}/loss_guide", {})[spot.index] = loss
+
+  def _there(self, layer: int, past: Past, room: int) -> Array | None:
+    """Slots that hold something, (B, heads or 1, K + room), where not all that is alive or appended does."""
+    if not self.sites.at(layer, "around", "ahead"):
+      return None
+    there = past.inside.alive[:, None]
+    there = there if past.holds is None else there & past.holds
+    return jnp.pad(there, ((0, 0), (0, 0), (0, room)), constant_values=True)
 
   def _following(self, layer: int, places: tuple[str, ...], following: Array, tokens: Tokens) -> Array:
     """Where the sequence goes on: behind the last, once it is counted anew."""
@@ -166,21 +220,33 @@ class Decoder(nn.Module):
     return tokens.alive.sum(1, dtype=jnp.int32) if anew else following
 
 
-def _start(x: Array, mask: Array, protected: Array, position: Array | None) -> Tokens:
+def _start(x: Array, mask: Array, protected: Array, position: Array | None, more: dict[str, Array]) -> Tokens:
   """Tokens of padded rows: those that are there first, in their order."""
-  place = tk.rank((~mask).astype(jnp.int32))
+  soft, there = jnp.issubdtype(mask.dtype, jnp.floating), mask > 0
+  place = tk.rank((~there).astype(jnp.int32))
   order = tk.inverse(place)
-  index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), mask.shape)
-  there = tk.take(mask, order)
+  index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), there.shape)
+  alive = tk.take(there, order)
+  # Where a gate learns, the dead keep what they hold, and the place in the sequence that they would have.
+  x, index = tk.take(x, order), tk.take(index, order) if soft else index
   return Tokens(
-    x=jnp.where(there[..., None], tk.take(x, order), 0),
-    mask=there,
-    size=jnp.ones(mask.shape, jnp.float32),
-    position=index if position is None else tk.take(position, order),
-    owner=jnp.where(mask, place, -1),
+    x=x if soft else jnp.where(alive[..., None], x, 0),
+    mask=tk.take(mask.astype(jnp.float32), order) if soft else alive,
+    size=jnp.ones(alive.shape, jnp.float32),
+    position=tk.take(_counting(there, more.get(SEGMENT)) if position is None else position, order),
+    owner=jnp.where(there, place, -1),
     protected=tk.take(protected, order),
-    feats={INDEX: index},
+    feats={INDEX: index} | {name: tk.take(a, order) for name, a in more.items()},
   )
+
+
+def _counting(there: Array, segment: Array | None) -> Array:
+  """Positions of those that are there, counted in each row, or in each text of a row: (B, S) int32."""
+  count = jnp.cumsum(there, axis=1, dtype=jnp.int32)
+  if segment is not None:  # what had been counted where the text began
+    begins = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)))
+    count = count - jax.lax.cummax(jnp.where(begins, count - there, 0), axis=1)
+  return jnp.maximum(count - 1, 0)
 
 
 def _counted(mask: Array, protected: Array) -> Census:
@@ -212,4 +278,8 @@ def make(
     if kind not in DTYPES:
       raise ValueError(f"{field}={kind!r} is unknown; {nearest(kind, DTYPES)}")
   implementation(attention)
-  return Decoder(shape, budget.layout(sites or {}, shape.depth, shape.max_length), dtype, param_dtype, attention)
+  placed = budget.layout(sites or {}, shape.depth, shape.max_length)
+  for spot in placed.spots:
+    if (heads := dict(spot.options).get("heads", 0)) != shape.num_kv_heads and spot.reducer == "attention_gate":
+      raise ValueError(f"sites.{spot.site}.heads={heads}; valid: {shape.num_kv_heads}, those of keys and values")
+  return Decoder(shape, placed, dtype, param_dtype, attention)

@@ -8,17 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 
 from tokred import tokens as tk
-from tokred.layout import Sites
+from tokred.layout import Sites, Spot
 from tokred.nn import attention, budget
 from tokred.nn.block import ACTIVATIONS
 from tokred.nn.cache import Cache
+from tokred.nn.decoder_scope import INDEX, ROUTE, Scope, SharedRouter, enter, gated, one_more
+from tokred.nn.received import FEATURES
 from tokred.nn.rope import Rope, rotate
+from tokred.rates import of_prompt
 from tokred.sites import Reduce
 from tokred.tokens import Array, Tokens
 
-INDEX = "state/index"  # a token's place in its row's sequence
+SEGMENT = "state/segment"  # which of the texts that share a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,17 @@ class GatedMlp(nn.Module):
     return dense(s.width, name="fc2")(h)
 
 
+@struct.dataclass
+class Past:
+  """What a layer's cache needs of a prompt."""
+
+  k: Array  # (B, heads, K, d)
+  v: Array
+  inside: Tokens  # that k and v are of
+  outside: Tokens  # that arrived, before some of them went round
+  holds: Array | None  # (B, heads, K) bool; None: every head holds all
+
+
 class Block(nn.Module):
   """x + attention(norm x), x + mlp(norm x), with places for reducers before, in and behind it."""
 
@@ -131,32 +146,59 @@ class Block(nn.Module):
     self.reduce = Reduce(self.sites.at(self.layer, *budget.PLACES))
 
   def __call__(
-    self, tokens: Tokens, last: Array, keeps: Mapping[str, Any], train: bool, mode: str
-  ) -> tuple[Tokens, dict[str, Any], tuple[Array, Array, Tokens]]:
-    """Returns the tokens, what reducers report, and keys and values with the tokens that they are of."""
+    self, tokens: Tokens, last: Array, keeps: Mapping[str, Any], train: bool, mode: str, shared: SharedRouter | None
+  ) -> tuple[Tokens, dict[str, Any], Past]:
+    """Returns the tokens, what reducers report, and what a cache needs."""
     aux: dict[str, Any] = {}
     reduce = functools.partial(self._reduce, aux=aux, last=last, keeps=keeps, train=train, mode=mode)
     tokens = reduce(tokens, "before")
+    outside, scope = tokens, None
+    if around := self.sites.at(self.layer, "around"):
+      tokens, scope = self._enter(tokens, around[0], keeps, train, mode, shared, aux)
     q, k, v = self.attn(self.norm1(tokens.x), tokens.position)
     soft = jnp.issubdtype(tokens.mask.dtype, jnp.floating)  # a gate learns from what the dead would have given
     there, order = (tokens.mask, tokens.feats[INDEX]) if soft else (None, True)
-    update = self.attn.out(attention.attend(q, k, v, mask=there, causal=order, impl=self.attention))
+    holds = self._gates(tokens, keeps, train, mode, aux)
+    if holds is None:
+      segment = tokens.feats.get(SEGMENT)
+      if segment is not None and not soft:
+        segment = jnp.where(tokens.alive, segment, -1)
+      heads = attention.attend(q, k, v, mask=there, segment=segment, causal=order, impl=self.attention)
+    else:
+      heads = gated(q, k, v, holds, there, tokens.feats[INDEX], self.attention)
+    update = self.attn.out(heads)
     feats = {name: value for name, value in tokens.feats.items() if name.startswith("state/")}
-    row = {"last": place_of(tokens, last)}
-    feats |= {n: attention.FEATURES[n](q, k, v, **row) for n in budget.needs(self.sites, self.layer)}
-    arrived = tokens
+    feats |= {n: FEATURES[n](q, k, v, **_rows(tokens, last)) for n in budget.needs(self.sites, self.layer)}
+    if train and any(dict(spot.options)["guide"] == self.layer for spot in budget.guides(self.sites)):
+      given = FEATURES["text_attention"](q, k, v, **_rows(tokens, last))
+      aux[f"guide/{self.layer}"] = tk.restore(given, tokens.owner)
+    past = Past(k, v, tokens, outside, None if holds is None else holds > 0)
     feats |= {"update": update} if "update" in self.sites.needs(self.layer) else {}
     tokens = reduce(tokens.replace(x=tokens.x + update, feats=feats), "attn")
-    tokens = reduce(tokens.replace(x=tokens.x + self.mlp(self.norm2(tokens.x))), "after")
-    return tokens, aux, (k, v, arrived)
+    update = self.mlp(self.norm2(tokens.x))
+    if scope is not None and scope.mlp is not None:
+      update = update * scope.mlp[..., None].astype(update.dtype)
+    tokens = reduce(tokens.replace(x=tokens.x + update), "after")
+    return tokens if scope is None else scope.leave(tokens), aux, past
 
-  def decode(self, x: Array, cache: Cache) -> tuple[Array, Cache]:
+  def decode(self, x: Array, cache: Cache, shared: SharedRouter | None) -> tuple[Array, Cache]:
     """One more token, (B, 1, D)."""
-    position = (cache.position[self.layer] + cache.step)[:, None]
-    q, k, v = self.attn(self.norm1(x), position)
-    cache = cache.append(self.layer, k, v)
+    position, goes, scope, outside = cache.position[self.layer] + cache.step, None, None, x
+    if around := self.sites.at(self.layer, "around"):
+      tokens, keeps = one_more(x, around[0], self._route(x, around[0], shared))
+      inner, scope = enter(functools.partial(self._around, keeps=keeps, train=False, mode="mask"), tokens, around[0])
+      goes = inner.alive[:, 0]
+      if around[0].position == "reindex":
+        position = cache.holds(self.layer)[:, 0].sum(-1, dtype=jnp.int32)
+    q, k, v = self.attn(self.norm1(x), position[:, None])
+    cache = cache.append(self.layer, k, v, goes)
     x = x + self.attn.out(cache.attend(self.layer, q))
-    return x + self.mlp(self.norm2(x)), cache
+    update = self.mlp(self.norm2(x))
+    if scope is None:
+      return x + update, cache
+    x = x + (update if scope.mlp is None else update * scope.mlp[..., None].astype(update.dtype))
+    weight = scope.weight[..., None].astype(x.dtype)
+    return jnp.where(goes[:, None, None], outside + weight * (x - outside), outside), cache
 
   def _reduce(
     self, tokens: Tokens, place: str, *, aux: dict[str, Any], last: Array, keeps: Mapping, train: bool, mode: str
@@ -165,11 +207,50 @@ class Block(nn.Module):
     if not spots or not keeps:
       return tokens
     if place == "before" and (wanted := budget.ahead(self.sites, self.layer)):
-      heads, row = self.attn(self.norm1(tokens.x), tokens.position), {"last": place_of(tokens, last)}
-      tokens = tokens.replace(feats=tokens.feats | {n: attention.FEATURES[n](*heads, **row) for n in wanted})
+      heads = self.attn(self.norm1(tokens.x), tokens.position)
+      tokens = tokens.replace(feats=tokens.feats | {n: FEATURES[n](*heads, **_rows(tokens, last)) for n in wanted})
+    arrived = tokens.owner
     tokens, report = self.reduce(tokens, place, keeps, train=train, mode=mode)
     aux.update(report)
+    aux.update({f"arrived/{spot.site}/{spot.index}": arrived for spot in budget.guides(self.sites) if spot in spots})
     return in_order(tokens, any(spot.position == "reindex" for spot in spots))
+
+  def _around(self, tokens: Tokens, *, keeps: Mapping, train: bool, mode: str) -> tuple[Tokens, dict[str, Any]]:
+    tokens, report = self.reduce(tokens, "around", keeps, train=train, mode=mode)
+    anew = any(spot.position == "reindex" for spot in self.sites.at(self.layer, "around"))
+    return in_order(tokens, anew), report
+
+  def _enter(
+    self, tokens: Tokens, spot: Spot, keeps: Mapping, train: bool, mode: str, shared: Any, aux: dict[str, Any]
+  ) -> tuple[Tokens, Scope]:
+    route = self._route(tokens.x, spot, shared)
+    tokens = tokens if route is None else tokens.replace(feats=tokens.feats | {ROUTE: route})
+
+    def run(tokens: Tokens) -> tuple[Tokens, dict[str, Any]]:
+      inner, report = self._around(tokens, keeps=keeps, train=train, mode=mode)
+      aux.update(report)
+      return inner, report
+
+    return enter(run, tokens, spot)
+
+  def _route(self, x: Array, spot: Spot, shared: SharedRouter | None) -> Array | None:
+    """What the shared router says of the layer's normalised input, (B, N, 2), if this spot reads it."""
+    return shared(self.norm1(x)) if ROUTE in spot.module(parent=None).needed() else None
+
+  def _gates(self, tokens: Tokens, keeps: Mapping, train: bool, mode: str, aux: dict[str, Any]) -> Array | None:
+    """Keys and values that each head holds: (B, heads, N) float32, or None: all."""
+    if not self.sites.at(self.layer, "ahead"):
+      return None
+    _, report = self.reduce(tokens, "ahead", keeps, train=train, mode=mode)
+    (holds,) = next(r for name, r in report.items() if name.endswith("/holds")).values()
+    aux.update({name: r for name, r in report.items() if not name.endswith("/holds")})
+    return holds
+
+
+def _rows(tokens: Tokens, last: Array) -> dict[str, Array]:
+  """What features read of a prompt: the place of its last token, its text and its visual tokens."""
+  text = of_prompt(tokens) & tokens.protected
+  return {"last": place_of(tokens, last), "text": text, "visual": tokens.alive & ~tokens.protected}
 
 
 def in_order(tokens: Tokens, anew: bool) -> Tokens:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from tokred.rates import of_prompt
 from tokred.reducers.base import Planner, keep_top, register
 from tokred.tokens import Array, Plan, Tokens, straight_through
 
@@ -86,7 +87,7 @@ class Autoencoder(Planner):
 
   @nn.compact
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
-    alive = tokens.alive
+    alive = of_prompt(tokens)
     z = jax.lax.stop_gradient(jnp.where(alive[..., None], tokens.x, 0).astype(jnp.float32))
     z = nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False)(z)
     h = Layers(self.num_layers, self.num_heads, name="selector")(z, alive)
