@@ -168,7 +168,7 @@ def test_every_score_has_a_function_and_a_row_for_each_token():
     def run(q, score=score, needs=needs):
       feats = {n: attention.FEATURES[n](q, q, q, size=None, mask=None) for n in needs if n in attention.FEATURES}
       tokens = tk.start(q.reshape(2, 5, 8), 1)
-      return score(tokens.replace(feats=feats | {"update": tokens.x}))
+      return score(tokens.replace(feats=feats | {"update": tokens.x, scores.MEMORY: q[:, 0, :, 0]}))
 
     got = jax.eval_shape(run, q)
     assert got.shape == (2, 5) and got.dtype == jnp.float32, name

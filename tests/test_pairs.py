@@ -15,7 +15,14 @@ from tokred.nn import vit
 from tokred.reducers import REGISTRY, Planner
 
 SMALL = dict(variant="mu/4", width=16, depth=4, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=3)
-NAMES = sorted(set(REGISTRY) - {"clca"})  # whose site is one of all blocks
+# Planners that hold on to no more of the contract than `topk` does: they meet two others instead of all.
+PLAIN = {
+  "dtd", "dymu_merge", "facility", "flashvlm", "globalcom2", "hired", "hiprune", "holov", "kmedoids", "mmtok", "pool",
+  "prumerge", "remember", "sparsevlm", "temporal_merge", "visionzip",
+}  # fmt: skip
+PLAIN |= {"stts"}
+READERS = {name for name, cls in REGISTRY.items() if "encoder" not in cls.stacks}
+NAMES = sorted(set(REGISTRY) - PLAIN - READERS - {"clca"})  # whose site is one of all blocks
 KEEP = {"stvit": 10}  # nine and CLS; the others are asked for shares
 ROUNDED = ("avit", "ats", "spa")  # their counts differ between images, so neither mode's is the other's
 
@@ -78,6 +85,19 @@ def test_every_pair_fits(first):
     assert [output.aux[f"tokens/{layer}"].shape[1] for layer in range(4)] == list(module.sites.counts()), second
     assert output.logits.shape == (2, 3), second
   assert len(refused) <= len(NAMES) // 3, refused
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", sorted(PLAIN))
+def test_plain_planners_fit(name):
+  options = dict(middle="key_norm") if name == "hiprune" else {}
+  for other in ("tome", "router"):
+    both = site(name, 1, **options), site(other, 2)
+    for first, second in (both, both[::-1]):
+      layers = dict(a=first | dict(layers=(1,)), b=second | dict(layers=(2,)))
+      module = build(**layers)
+      output = traced(module)
+      assert [output.aux[f"tokens/{layer}"].shape[1] for layer in range(4)] == list(module.sites.counts())
 
 
 ROUND = [(a, NAMES[(7 * i + 3) % len(NAMES)]) for i, a in enumerate(NAMES)]

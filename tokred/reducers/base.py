@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tokred.config import nearest
-from tokred.rates import LearnedThreshold, Rows, Threshold
-from tokred.tokens import Array, Plan, Tokens, average_weight, compact, fold, inverse, rank
+from tokred.rates import APPENDED, LearnedThreshold, Rows, Threshold, of_prompt, soft_threshold
+from tokred.tokens import Array, Plan, Tokens, average_weight, compact, fold, inverse, rank, straight_through
 
 REGISTRY: dict[str, type["Reducer"]] = {}
 
@@ -57,6 +57,8 @@ class Reducer(nn.Module):
   training_only: ClassVar[bool] = False  # an auxiliary head: it leaves the tokens as they are, and freeze drops it
   training_params: ClassVar[tuple[str, ...]] = ()  # submodules that only training uses; freeze drops them
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "output")  # where it may stand, the default first
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
+  answers: ClassVar[bool] = False  # llm: `keep` counts a prompt's tokens also where an answer is there to learn from
 
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
     """Reduces.
@@ -135,14 +137,14 @@ class Planner(Reducer):
       gate, count = keep(tokens, report["score"])
       plan, report = self.plan(tokens, jnp.minimum(count, keep.capacity).astype(jnp.int32), train=False)
       plan = plan.replace(gate=gate) if train else plan
-      return _ragged(tokens, plan, keep.capacity, mode), report | {"count": count.mean()}
+      return finish_rows(tokens, plan, keep.capacity, mode), report | {"count": count.mean()}
     if isinstance(keep, Threshold):
       _, report = self.plan(tokens, keep.capacity, train=False)
       plan, report = self.plan(tokens, keep.count(tokens, report["score"]), train=False)
-      return _ragged(tokens, plan, keep.capacity, mode), report
+      return finish_rows(tokens, plan, keep.capacity, mode), report
     if isinstance(keep, Rows):
       plan, report = self.plan(tokens, keep.count, train=train)
-      return _ragged(tokens, plan, keep.capacity, mode), report
+      return finish_rows(tokens, plan, keep.capacity, mode, survival), report
     plan, report = self.plan(tokens, keep, train=train)
     return finish(tokens, plan, keep, mode, survival), report
 
@@ -158,9 +160,16 @@ def finish(tokens: Tokens, plan: Plan, keep: Any, mode: str, survival: Array | N
   return fold(tokens, plan, survival=survival)
 
 
-def _ragged(tokens: Tokens, plan: Plan, capacity: int, mode: str) -> Tokens:
+def finish_rows(tokens: Tokens, plan: Plan, capacity: int, mode: str, survival: Array | None = None) -> Tokens:
   """Carries out a plan whose counts differ between images: also at full capacity some tokens are dead."""
-  return compact(tokens, plan, min(capacity, tokens.x.shape[1])) if mode == "gather" else fold(tokens, plan)
+  capacity = min(capacity, tokens.x.shape[1])
+  if mode == "gather" and plan.weight is None:
+    return compact(tokens, plan, capacity)
+  tokens = fold(tokens, plan, survival=survival)  # `compact` merges only what lies behind the capacity
+  if mode == "mask":
+    return tokens
+  first = jax.tree.map(lambda leaf: leaf[:, :capacity], tokens.replace(owner=tokens.mask))
+  return first.replace(owner=tokens.owner)
 
 
 def ranks(tokens: Tokens, score: Array) -> Array:
@@ -197,6 +206,51 @@ def keep_top(tokens: Tokens, score: Array, keep: Any, *, raster: bool = False) -
   if raster:
     place = rank(jnp.where(kept, index, place + len(index)))
   return Plan(owner=jnp.where(kept, index, -1), order=inverse(place), gate=kept | ~tokens.alive)
+
+
+def route(tokens: Tokens, score: Array, keep: Any, threshold: float) -> Plan:
+  """`keep_top` among a prompt; what a language model appends to it decides for itself, by score >= threshold.
+
+  Args:
+    tokens: N tokens; without the feature `rates.APPENDED` all are of the prompt.
+    score: (B, N).
+    keep: how many of the prompt stay, the protected counted.
+    threshold: of what is appended; the protected stay in any case.
+  """
+  if APPENDED not in tokens.feats:
+    return keep_top(tokens, score, keep)
+  appended = tokens.feats[APPENDED]
+  prompt = tokens.replace(mask=tokens.alive & ~appended)
+  alone = tokens.alive & appended & (tokens.protected | (score >= threshold))
+  kept = (ranks(prompt, score) < num_kept(prompt, keep)) | alone
+  index = jnp.arange(score.shape[1], dtype=jnp.int32)
+  return Plan(owner=jnp.where(kept, index, -1), order=decided(tokens, kept), gate=kept | ~tokens.alive)
+
+
+def parts(tokens: Tokens) -> tuple[Array, Array]:
+  """Text of the prompt, and visual tokens, of a language model: (B, N) bool each, alive."""
+  text = of_prompt(tokens) & tokens.protected
+  return text, tokens.alive & ~tokens.protected
+
+
+def soft_top(tokens: Tokens, score: Array, keep: Any, temperature: float, *, train: bool) -> Plan:
+  """`keep_top` whose gate has in training the gradient of sigmoid((s - t) / tau), t such that these sum to the count.
+
+  Args:
+    tokens: N tokens.
+    score: (B, N).
+    keep: how many stay, the protected counted.
+    temperature: tau.
+    train: whether the gate shall learn.
+  """
+  plan = keep_top(tokens, score, keep)
+  if not train:
+    return plan
+  free = tokens.alive & ~tokens.protected
+  kept = (plan.owner >= 0) & free
+  t = soft_threshold(score, free, kept.sum(1).astype(jnp.float32), temperature)
+  soft = jax.nn.sigmoid((jnp.where(free, score, 0.0) - t[:, None]) / temperature)
+  return plan.replace(gate=jnp.where(free, straight_through(kept, soft), 1.0))
 
 
 def decided(tokens: Tokens, kept: Array) -> Array:

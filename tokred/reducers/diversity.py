@@ -15,6 +15,7 @@ from tokred.reducers.tome import unit
 from tokred.scores import SCORES
 from tokred.tokens import Array, Plan, Tokens, take
 
+STARTS = ("central", "isolated")
 METRICS = {"key": ("key",), "token": ()}  # what tokens are compared by -> features that it reads
 
 
@@ -42,7 +43,7 @@ def cosines(z: Array) -> Array:
 
 
 def take_in_turn(
-  tokens: Tokens, similar: Array, first: Array, worth: Array | float, penalty: float, steps: int
+  tokens: Tokens, similar: Array, first: Array, worth: Array | float, penalty: float, steps: int, at_once: int = 1
 ) -> tuple[Array, Array]:
   """The protected tokens in their order, then greedily; these are compared with each other only, not with CLS.
 
@@ -53,6 +54,7 @@ def take_in_turn(
     worth: (B, N) or a number.
     penalty: of the largest similarity to those taken.
     steps: how many are taken, the protected counted.
+    at_once: so many of those that are not protected are taken before similarities are looked at again.
 
   Returns:
     The turn of each token, (B, N) int32, N for what is not taken; and what there was to win then, (B, N) float32, for
@@ -62,20 +64,23 @@ def take_in_turn(
   index = jnp.arange(n)
   lowest, none = jnp.finfo(jnp.float32).min, -2.0  # no cosine is as low as `none`
 
-  def step(time: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    turn, value, closest = state
+  safe = (tokens.alive & tokens.protected).sum(1, keepdims=True, dtype=jnp.int32)
+
+  def step(time: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+    turn, value, closest, pending = state
+    closest = jnp.where((time - safe) % at_once == 0, pending, closest)
     left = worth - penalty * jnp.maximum(closest, -1.0)
     key = jnp.where(tokens.protected, jnp.inf, jnp.where(closest > none, left, first))
     key = jnp.where(turn < n, -jnp.inf, jnp.where(tokens.alive, key, lowest))
     pick = jnp.argmax(key, axis=1)[:, None].astype(jnp.int32)
-    near = jnp.maximum(closest, take(similar, pick)[:, 0])
-    closest = jnp.where(take(tokens.protected, pick), closest, near)
+    near = jnp.maximum(pending, take(similar, pick)[:, 0])
+    pending = jnp.where(take(tokens.protected, pick), pending, near)
     chosen = index == pick
-    return jnp.where(chosen, time, turn), jnp.where(chosen, left, value), closest
+    return jnp.where(chosen, time, turn), jnp.where(chosen, left, value), closest, pending
 
   shape = tokens.mask.shape
-  state = jnp.full(shape, n, jnp.int32), jnp.full(shape, lowest), jnp.full(shape, none)
-  turn, value, _ = jax.lax.fori_loop(0, steps, step, state)
+  state = jnp.full(shape, n, jnp.int32), jnp.full(shape, lowest), jnp.full(shape, none), jnp.full(shape, none)
+  turn, value, *_ = jax.lax.fori_loop(0, steps, step, state)
   return turn, value
 
 
@@ -88,26 +93,36 @@ def farthest_first(tokens: Tokens, z: Array, keep: Any, first: Array | None = No
   return take_in_turn(tokens, cosines(z), first, 1.0, 1.0, steps)
 
 
+def isolation(tokens: Tokens, z: Array) -> Array:
+  """min_{j other} (1 - cos(z_i, z_j)), (B, N) float32: how far the nearest other free token is."""
+  free = tokens.alive & ~tokens.protected
+  other = free[:, None] & ~jnp.eye(z.shape[1], dtype=bool)
+  return 1.0 - jnp.where(other, cosines(z), -1.0).max(-1)
+
+
 @register("maxmin")
 class MaxMin(Planner):
   """Farthest-first: the next token is argmax_i min_{j taken} (1 - cos(z_i, z_j)).  (Gonzalez, 1985)
 
   The first is the most central one, argmax_i z_i . sum_j z_j, or the best by a score: on this the result depends.
+  DivPrune (Alvar et al., 2025, arXiv:2503.02175) starts with the token whose nearest other is farthest: metric="token",
+  start="isolated", raster=True where a language model begins.  ToDRE's first stage (Li et al., 2025, arXiv:2505.18757)
+  starts with the longest: start="token_norm".
   """
 
   conserves: ClassVar[bool] = False
 
   metric: str = "key"  # key, token
-  start: str = "central"  # central, or a name of tokred.scores.SCORES
+  start: str = "central"  # central, isolated, or a name of tokred.scores.SCORES
   raster: bool = False  # survivors keep their order; otherwise they stand in the order in which they were taken
 
   def fewest(self, n: int, protected: int) -> int:
     return protected + 1
 
   def needed(self) -> tuple[str, ...]:
-    if self.start != "central" and self.start not in SCORES:
-      raise ValueError(f"start={self.start!r} is not a start; {nearest(self.start, ['central', *SCORES])}")
-    scored = () if self.start == "central" else SCORES[self.start][1]
+    if self.start not in STARTS and self.start not in SCORES:
+      raise ValueError(f"start={self.start!r} is not a start; {nearest(self.start, [*STARTS, *SCORES])}")
+    scored = () if self.start in STARTS else SCORES[self.start][1]
     return tuple(sorted({*valid_metric(self.metric), *scored}))
 
   def macs(self, n: float, width: int, num_heads: int) -> float:
@@ -115,7 +130,10 @@ class MaxMin(Planner):
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     z = unit(compared(tokens, self.metric), tokens.alive & ~tokens.protected)
-    first = None if self.start == "central" else jax.lax.stop_gradient(SCORES[self.start][0](tokens))
+    if self.start in STARTS:
+      first = isolation(tokens, z) if self.start == "isolated" else None
+    else:
+      first = jax.lax.stop_gradient(SCORES[self.start][0](tokens))
     turn, distance = farthest_first(tokens, z, keep, first)
     return keep_top(tokens, -turn, keep, raster=self.raster), {"score": distance}
 
@@ -125,6 +143,9 @@ class MMR(Planner):
   """argmax_i  lambda s_i / max s - (1 - lambda) max_{j taken} cos(z_i, z_j).  (Carbonell & Goldstein, 1998)
 
   lambda is `relevance`: 1 is the top of the score, 0 is `maxmin` from the token of highest score.
+
+  IDPruner (2026, arXiv:2602.13315): scale="range", which is (s_i - min s) / (max s - min s + 1e-6), metric="token" and
+  raster=True where a language model begins, by the score of a scorer that it trains; `at_once` is its parallel_k.
   """
 
   conserves: ClassVar[bool] = False
@@ -132,6 +153,8 @@ class MMR(Planner):
   score: str = "cls_attention"  # a name of tokred.scores.SCORES
   metric: str = "key"  # key, token
   relevance: float = 0.5
+  scale: str = "max"  # max, range
+  at_once: int = 1  # tokens taken before similarities are looked at again: faster, and not the same
   raster: bool = False
 
   def fewest(self, n: int, protected: int) -> int:
@@ -142,6 +165,10 @@ class MMR(Planner):
       raise ValueError(f"score={self.score!r} is not a score; {nearest(self.score, SCORES)}")
     if not 0.0 <= self.relevance <= 1.0:
       raise ValueError(f"relevance={self.relevance} must be in [0.0, 1.0]")
+    if self.scale not in ("max", "range"):
+      raise ValueError(f"scale={self.scale!r} is not a scale; {nearest(self.scale, ('max', 'range'))}")
+    if self.at_once < 1:
+      raise ValueError(f"at_once={self.at_once} must be at least 1")
     return tuple(sorted({*valid_metric(self.metric), *SCORES[self.score][1]}))
 
   def macs(self, n: float, width: int, num_heads: int) -> float:
@@ -149,10 +176,15 @@ class MMR(Planner):
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     free = tokens.alive & ~tokens.protected
-    score = jnp.where(free, jax.lax.stop_gradient(SCORES[self.score][0](tokens)), 0.0)
-    score = score / jnp.maximum(score.max(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    score = jax.lax.stop_gradient(SCORES[self.score][0](tokens))
+    if self.scale == "range":
+      low, high = jnp.where(free, score, jnp.inf).min(1), jnp.where(free, score, -jnp.inf).max(1)
+      score = jnp.where(free, (score - low[:, None]) / (high - low + 1e-6)[:, None], 0.0)
+    else:
+      score = jnp.where(free, score, 0.0)
+      score = score / jnp.maximum(score.max(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     z = unit(compared(tokens, self.metric), free)
     steps = min(keep, z.shape[1]) if isinstance(keep, int) else z.shape[1]
     worth = self.relevance * score
-    turn, value = take_in_turn(tokens, cosines(z), score, worth, 1.0 - self.relevance, steps)
+    turn, value = take_in_turn(tokens, cosines(z), score, worth, 1.0 - self.relevance, steps, self.at_once)
     return keep_top(tokens, -turn, keep, raster=self.raster), {"score": value}

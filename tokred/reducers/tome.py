@@ -1,10 +1,14 @@
-"""ToMe: merges the most similar pairs of a bipartite split.  (Bolya et al., 2022, arXiv:2210.09461)"""
+"""ToMe: merges the most similar pairs of a bipartite split.  (Bolya et al., 2022, arXiv:2210.09461)
+
+DyMU (Wang et al., 2025, arXiv:2504.17040) is the same up to a threshold, AIM (Zhong et al., 2024) by embeddings.
+"""
 
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from tokred.config import nearest
 from tokred.reducers.base import Planner, merge_into, num_kept, register
 from tokred.tokens import Array, Plan, Tokens, best, inverse, rank
 
@@ -39,22 +43,32 @@ class ToMe(Planner):
 
   Survivors stand as in the authors' code: the protected, the sources left over in their order, all destinations.
   (Without protected tokens that code leaves the sources by descending similarity, and so does this.)
+
+  AIM merges half of all tokens, and half of the rest, in front of the language model: metric="token", plain=True.
   """
 
-  needs: ClassVar[tuple[str, ...]] = ("key",)
   proportional: ClassVar[bool] = True
   scored: ClassVar[bool] = False
+
+  metric: str = "key"  # key, token
+  plain: bool = False  # each member counts the same, whatever it represents already; sums are not conserved then
+
+  def needed(self) -> tuple[str, ...]:
+    if self.metric not in ("key", "token"):
+      raise ValueError(f"metric={self.metric!r} is not a metric; {nearest(self.metric, ('key', 'token'))}")
+    return ("key",) if self.metric == "key" else ()
 
   def fewest(self, n: int, protected: int) -> int:
     return n - (n - protected) // 2
 
   def macs(self, n: float, width: int, num_heads: int) -> float:
-    return n * n / 4 * (width / num_heads)
+    return n * n / 4 * (width if self.metric == "token" else width / num_heads)
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     n, alive = tokens.x.shape[1], tokens.alive
     index = jnp.arange(n, dtype=jnp.int32)
-    metric = unit(mean_heads(jax.lax.stop_gradient(tokens.feats["key"])), alive)
+    metric = tokens.x if self.metric == "token" else mean_heads(tokens.feats["key"])
+    metric = unit(jax.lax.stop_gradient(metric), alive)
     source, target = index[::2], index[1::2]
     can = alive & ~tokens.protected
     sim = jnp.einsum("bad,bcd->bac", metric[:, ::2], metric[:, 1::2], precision="highest")
@@ -75,4 +89,35 @@ class ToMe(Planner):
     gone = total(alive) - 1 - interleave(edge_rank, 0, n)
     place = jnp.where(stays, total(first) + total(left) + before(stays), jnp.where(alive, gone, index))
     place = jnp.where(first, before(first), jnp.where(left, total(first) + place_left, place))
-    return merge_into(tokens, owner, inverse(place)), {"similarity": similarity}
+    share = jnp.ones_like(tokens.size) if self.plain else None
+    return merge_into(tokens, owner, inverse(place), share), {"similarity": similarity}
+
+
+@register("dymu_merge")
+class DyMUMerge(ToMe):
+  """ToMe for rate="threshold": as many pairs merge as are more alike than tau, and threshold=-tau.
+
+  A source scores -max_j sim_ij, and who cannot go 2.  (Wang et al., 2025, DyMU)  tau is calibrated: see
+  `batch_threshold`.  `keep` is the capacity, at least half.
+  """
+
+  scored: ClassVar[bool] = True
+
+  def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
+    plan, report = super().plan(tokens, keep, train=train)
+    alike = report["similarity"]
+    score = interleave(jnp.where(jnp.isfinite(alike), -alike, 2.0), 2.0, tokens.x.shape[1])
+    return plan, report | {"score": score}
+
+
+def batch_threshold(similarity: Array, r: int) -> Array:
+  """The tau at which r pairs an image would merge, the average over the batch: a float32 scalar, 0 or more.
+
+  DyMU averages it over batches, and takes r for each image of the batch together: the r B-th most similar pair.
+
+  Args:
+    similarity: (B, Na), what ToMe reports; -inf for sources that cannot go.
+    r: pairs of an image.
+  """
+  ordered = jnp.sort(similarity.reshape(-1))[::-1]
+  return jnp.maximum(ordered[min(r * len(similarity), len(ordered)) - 1], 0.0)
