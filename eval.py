@@ -1,6 +1,14 @@
 """Evaluates a model, in gather mode unless asked otherwise: python eval.py --workdir=runs/digits [--split=test].
 
 Prints one JSON object: accuracy, accuracy_top5, loss, examples, counts, sites, gflops, gmacs.
+
+Of a vision-language model: one for each method of configs/vlm_methods.py and each share of its image tokens,
+
+  python eval.py --workdir=runs/easy --methods=random,visionzip,divprune --keep=1.0,0.5,0.1
+
+with accuracy (exact match of what greedy decoding writes), vqa_accuracy, choice_accuracy (the likeliest of the answers
+that the data set has), caption_loss, image_tokens, gflops, gmacs, times of prefill and decoding, and the cache's bytes.
+Without --methods the model is taken with the sites that it has.
 """
 
 import json
@@ -15,6 +23,9 @@ _DATASET = flags.DEFINE_string("dataset", None, "Instead of config.data.name; of
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of config.data.data_dir.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "config.eval.batch_size where not given.")
 _MODE = flags.DEFINE_enum("mode", "gather", ["gather", "mask"], "mask: as it was trained, to compare.")
+_METHODS = flags.DEFINE_list("methods", [], "Of configs/vlm_methods.py.")
+_KEEP = flags.DEFINE_list("keep", ["1.0"], "Shares of an image's tokens, for --methods; 1.0: the model without sites.")
+_TIMES = flags.DEFINE_bool("times", True, "Whether a vision-language model is timed too.")
 _OUTPUT = flags.DEFINE_string("output", None, "File for the JSON, besides printing it.")
 
 
@@ -32,7 +43,14 @@ def main(argv: list[str]) -> None:
     with model.config.unlocked():
       model.config.data.name = _DATASET.value or model.config.data.name
       model.config.data.data_dir = model.config.data.data_dir if _DATA_DIR.value is None else _DATA_DIR.value
-    result = evaluate(model, _SPLIT.value, _BATCH_SIZE.value, _MODE.value)
+    if model.config.model.name == "vlm":
+      from configs.vlm_methods import reductions
+      from tokred.budgets import judge
+
+      models = reductions(model, _METHODS.value, map(float, _KEEP.value)) if _METHODS.value else {"as it is": model}
+      result = judge(models, _SPLIT.value, _BATCH_SIZE.value, times=_TIMES.value)
+    else:
+      result = evaluate(model, _SPLIT.value, _BATCH_SIZE.value, _MODE.value)
     if _OUTPUT.value:
       write_json(Path(_OUTPUT.value), result)
   except (ValueError, OSError) as error:

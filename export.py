@@ -1,4 +1,9 @@
-"""Freezes and exports a model, and checks it: python export.py --workdir=runs/digits --output=exported."""
+"""Freezes and exports a model, and checks it: python export.py --workdir=runs/digits --output=exported.
+
+Of a vision-language model: encoder, prefill and decode step as StableHLO (`tokred.export.generation`), at the counts of
+image tokens that it has, or at those of a method of configs/vlm_methods.py that acts in the tower:
+  python export.py --workdir=runs/easy --output=exported --method=visionzip --keep=1.0,0.25 --max_new_tokens=4
+"""
 
 import dataclasses
 import sys
@@ -13,6 +18,9 @@ _PLATFORMS = flags.DEFINE_list("platforms", None, "Of the StableHLO function: cp
 _DTYPE = flags.DEFINE_string("dtype", None, "Of activations and stored weights: float32, bfloat16; as it was trained.")
 _PREPROCESS = flags.DEFINE_boolean("preprocess", False, "Functions take uint8 images and give probabilities.")
 _LATENCY = flags.DEFINE_list("latency", ["1", "8", "64"], "Batch sizes of the card's latency table; none: --latency=")
+_METHOD = flags.DEFINE_string("method", "", "Of configs/vlm_methods.py, for a vision-language model.")
+_KEEP = flags.DEFINE_list("keep", ["1.0"], "Shares of an image's tokens, for --method.")
+_NEW = flags.DEFINE_integer("max_new_tokens", 32, "That an answer of a vision-language model may have.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of config.data.data_dir.")
 
 
@@ -21,7 +29,8 @@ def main(argv: list[str]) -> None:
     sys.exit(f"export.py: unexpected argument {argv[1]!r}; flags begin with --")
   logging.set_verbosity(logging.WARNING)  # else JAX tells of every backend that this machine does not have
   import tokred
-  from tokred.evaluate import evaluate, examples
+  from tokred.evaluate import evaluate, examples, prompts
+  from tokred.export.generation import save_generation
 
   asked = dict(batch_size=_BATCH_SIZE.value, platforms=_PLATFORMS.value, dtype=_DTYPE.value)
   try:
@@ -30,6 +39,20 @@ def main(argv: list[str]) -> None:
     with trained.config.unlocked():
       if _DATA_DIR.value is not None:
         trained.config.data.data_dir = _DATA_DIR.value
+    if trained.config.model.name == "vlm":
+      from configs.vlm_methods import reductions
+
+      asked = prompts(trained, _BATCH_SIZE.value or 1)
+      models = reductions(trained, [_METHOD.value], map(float, _KEEP.value)) if _METHOD.value else trained
+      models = list(models.values()) if _METHOD.value else models
+      length, platforms = asked["ids"].shape[1], _PLATFORMS.value
+      card = save_generation(
+        models, _OUTPUT.value, prompt_length=length, max_new_tokens=_NEW.value, images=trained.config.text.images,
+        batch_size=_BATCH_SIZE.value or 1, platforms=platforms, prompts=asked,
+      )  # fmt: skip
+      print(f"image tokens {card['counts']}: greedy tokens on real prompts are the same from a fresh process")
+      return
+    with trained.config.unlocked():
       trained.config.data.labels = tokred.data.label_names(trained.config.data)
     frozen, sizes = tokred.freeze(trained), [int(size) for size in _LATENCY.value]
     accuracy = evaluate(frozen)["accuracy"]

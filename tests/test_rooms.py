@@ -13,13 +13,14 @@ ROOMS = [  # from the bottom; a room may import those below it, not its neighbou
   {"layout"},
   {"sites"},
   {"nn"},
-  {"losses", "sharding", "checkpoint", "model"},
+  {"arank", "losses", "sharding", "checkpoint", "model"},
   {"pretrained"},
-  {"data"},
-  {"evaluate", "export", "bench", "viz", "calibrate", "probe"},
+  {"data", "vqa"},
+  {"evaluate", "export", "bench", "viz", "calibrate", "probe", "processing"},
   {"loading"},
   {"train"},
-  {"demo", "predict", "testing", "sweep"},
+  {"demo", "predict", "testing", "sweep", "bench_vlm"},
+  {"budgets"},
 ]
 PACKAGES = {"reducers", "nn", "pretrained", "data", "export", "train", "testing"}  # their files know each other
 

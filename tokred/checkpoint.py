@@ -35,6 +35,7 @@ from ml_collections import ConfigDict
 from tokred.config import complete
 from tokred.files import MANIFEST, find_damage, reason, write_json, write_manifest
 
+WORDS = "words.json"  # of a run that learned from text: what its tokenizer knows
 FOLDER = "checkpoints"  # inside a run directory
 
 # Written by orbax after the manifest, when it seals the folder; the first is checked by itself, the second is a marker.

@@ -54,6 +54,9 @@ def default() -> ConfigDict:
     dict(
       name="mlp",  # what joins tower and language model where config.model.name is "vlm"; see tokred/nn/projectors.py
       num_tokens=0,  # of an image, where the projector chooses them; 0: as many as arrive
+      budgets=(),  # tokenflex, queries: counts of which each training step draws one; (): num_tokens alone
+      anchors=0,  # queries: pooled tokens among num_tokens (PARCEL); 0: queries alone (Matryoshka)
+      levels=(),  # tokenpacker, quecc: layers of the tower whose features are keys and values; (): what arrives
     )
   )
 
@@ -68,11 +71,17 @@ def default() -> ConfigDict:
       mlp_dim=0,  # 0: 4 width
       norm_eps=1e-6,
       rope_theta=10_000.0,
+      rope_type="default",  # default, linear, llama3
+      rope_scale=(),  # linear: (factor,); llama3: (factor, low, high, original length)
+      activation="silu",
       qkv_bias=False,
+      proj_bias=False,
+      mlp_bias=False,
       qk_norm=False,
       tied=True,  # the head is the table of embeddings
       max_length=2048,  # positions that it is trained for
       image_token=3,  # the id that stands for a patch in a prompt
+      prompt=32,  # tokens of text that multiply-adds are counted with
     )
   )
 
@@ -108,6 +117,19 @@ def default() -> ConfigDict:
       prefetch=2,  # batches kept ready on the device
       in_memory=True,  # decode the data set once and keep it
       bad_images="error",  # error, skip (counted in the log)
+    )
+  )
+
+  config.text = ConfigDict(
+    dict(  # how conversations become ids where config.model.name is "vlm"
+      tokenizer="",  # file of words, or a checkpoint's directory; "": the words of the training split
+      system="",  # said before the first question
+      prompt="{question}",  # what stands before an answer, such as "USER: {question} ASSISTANT:"
+      max_length=256,  # ids of a row, placeholders among them
+      images=1,  # room for images in a row
+      pack=False,  # training: several conversations share a row, each with its own positions
+      share=False,  # training: those about the same image share it in a row, and do not see one another
+      too_long="error",  # error, skip: a conversation of more ids
     )
   )
 

@@ -89,6 +89,77 @@ def flops(sizes: Sizes, profile: Profile) -> Any:
 NORM, SOFTMAX, GELU = 14.0, 4.0, 5.4
 
 
+def of(module: Any, price: Any = macs, counts: Any = None) -> Any:
+  """What a model costs, of one image or of one prompt with its images.
+
+  Args:
+    module: a ViT; or a VLM, whose language model is counted for reading `prompt` tokens of text and what is left of one
+      image, its MLP being gated and its keys grouped.
+    price: `macs` or `flops`.
+    counts: tokens out by site and spot, numbers or traced scalars, where they differ from the static ones; of a learned
+      rate in a language model the share of its visual tokens.
+  """
+  tower = getattr(module, "tower", module)
+  s = tower.shape
+  profile = tower.sites.profile(s.width, s.num_heads, counts)
+  total = price(s.sizes(), profile)
+  if tower is module:
+    return total
+  arriving = profile.final - module.dropped
+  attention, mlp = module.lengths(module.projector.left(arriving), counts)
+  rest = module.projector.macs(arriving, s.width) + reading(module.llm.shape, attention, mlp)
+  return total + (2.0 if price is flops else 1.0) * rest
+
+
+def reading(shape: Any, attention: Sequence[Any], mlp: Sequence[Any]) -> Any:
+  """Multiply-adds of a language model that reads a prompt and tells what follows it.
+
+  N D (2 H + 2 G) d + 2 N^2 H d for attention with H heads of d channels and G of keys and values, 3 N D mlp_dim for
+  the gated MLP, D vocab for the one token that follows.  What a causal kernel leaves out of N^2 is counted.
+
+  Args:
+    shape: `tokred.nn.decoder_layer.Shape`.
+    attention: tokens in each layer's attention, numbers or traced scalars.
+    mlp: tokens in each layer's MLP.
+  """
+  d, total = shape.width, float(shape.width * shape.vocab)
+  heads, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+  for n in attention:
+    total = total + 2.0 * n * d * (heads + keys) + 2.0 * n * n * heads
+  for n in mlp:
+    total = total + 3.0 * n * d * shape.mlp_dim
+  return total
+
+
+def writing(shape: Any, cache: Sequence[Any], through: Sequence[Any] | None = None) -> Any:
+  """Multiply-adds of a language model that writes one token more.
+
+  D (2 H + 2 G) d + 2 N H d for attention to the N keys that a layer holds, 3 D mlp_dim, and D vocab at the head.
+
+  Args:
+    shape: `tokred.nn.decoder_layer.Shape`.
+    cache: keys that each layer holds, numbers or traced scalars.
+    through: share of the written tokens that go through each layer; None: all.
+  """
+  d, total = shape.width, float(shape.width * shape.vocab)
+  heads, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+  for layer, n in enumerate(cache):
+    layer_macs = 2.0 * d * (heads + keys) + 2.0 * n * heads + 3.0 * d * shape.mlp_dim
+    total = total + layer_macs * (1.0 if through is None else through[layer])
+  return total
+
+
+def cache_bytes(shape: Any, cache: Sequence[Any], itemsize: int = 2) -> Any:
+  """Bytes of the keys and values of a prompt.
+
+  Args:
+    shape: `tokred.nn.decoder_layer.Shape`.
+    cache: tokens that each layer holds, numbers or traced scalars.
+    itemsize: bytes of a number; 2 for bfloat16.
+  """
+  return 2.0 * itemsize * shape.num_kv_heads * shape.head_dim * sum(cache)
+
+
 def measured(function: Any, *args: Any) -> float:
   """FLOPs of a compiled function by XLA's own cost analysis."""
   analysis = jax.jit(function).lower(*args).compile().cost_analysis()

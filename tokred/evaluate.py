@@ -1,5 +1,6 @@
 """Accuracy of a model on a split."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tokred import sharding
-from tokred.data import eval_batches, to_device
+from tokred import sharding, vqa
+from tokred import tokens as tk
+from tokred.data import feed, to_device
 from tokred.model import Model
 from tokred.nn.vit import ViT
+from tokred.nn.vlm import VLM, Known
 
 
 @functools.lru_cache(maxsize=8)
@@ -40,6 +43,75 @@ def eval_step(module: ViT, mode: str) -> Any:
   return jax.jit(step)
 
 
+@functools.lru_cache(maxsize=8)
+def answer_step(module: VLM, mode: str) -> Any:
+  """Jitted (params, batch, known) -> sums over the conversations that are not padding; `known` is static."""
+
+  def step(params: Any, batch: dict[str, jax.Array], known: Known | None) -> dict[str, jax.Array]:
+    inputs = {name: batch[name] for name in ("ids", "slot", "mask")}
+    inputs |= dict(images=batch["image"], last=last_asked(batch["answer"]), known=known, mode=mode)
+    output = module.apply({"params": params}, **inputs)
+    logits = tk.restore(output.logits, output.tokens.owner)[:, :-1]
+    target, counted = batch["ids"][:, 1:], batch["answer"][:, 1:] & batch["valid"][:, None]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    right = ((logits.argmax(-1) == target) | ~counted).all(1) & batch["valid"]
+    return {
+      "examples": batch["valid"].sum(dtype=jnp.float32),
+      "right": right.sum(dtype=jnp.float32),
+      "loss": jnp.where(counted, loss, 0.0).sum(),
+      "answers": counted.sum(dtype=jnp.float32),
+      "sites": counts_by_site(module, output.aux),
+    }
+
+  return jax.jit(step, static_argnums=2)
+
+
+def last_asked(answer: jax.Array) -> jax.Array:
+  """Where a prompt ends, the token before its first answer: (B, S) bool to (B,) int32."""
+  return jnp.maximum(jnp.argmax(answer, axis=1).astype(jnp.int32) - 1, 0)
+
+
+def answers(module: VLM, params: Any, batches: Iterable[dict[str, np.ndarray]], mode: str, mesh: Any = None) -> dict:
+  """Answers to questions about images, over batches of `tokred.data.conversation_batches`.
+
+  An answer is right if every id of it is the likeliest one behind those before it: it is then what greedy decoding
+  writes, and where one is not, greedy decoding writes something else.
+
+  Args:
+    module: what to run.
+    params: its parameters.
+    batches: that are not packed.
+    mode: "gather" or "mask".
+    mesh: where the batches shall lie; None: the default device.
+
+  Returns:
+    accuracy (0 to 1, exact match), loss (mean cross-entropy of an answer's ids), examples, counts (tokens leaving each
+    block of the tower), sites (as in `run`).
+
+  Raises:
+    ValueError: there are no examples.
+  """
+  place = None if mesh is None else sharding.batch_sharding(mesh)
+  step, sums, steps = answer_step(module, mode), None, 0
+  for batch in batches:
+    valid = batch["valid"]
+    known = module.known(*(batch[name][valid] for name in ("ids", "slot", "mask"))) if mode == "gather" else None
+    if known:  # fewer lengths, fewer compilations
+      known = dataclasses.replace(known, length=-(-known.length // 8) * 8)
+    device = next(iter(to_device([batch], place, prefetch=0)))[0]
+    out = step(params, device, known)
+    sums = out if sums is None else jax.tree.map(jnp.add, sums, out)
+    steps += 1
+  if not steps or not float(sums["examples"]):
+    raise ValueError("the split has no examples to evaluate")
+  return {
+    "accuracy": float(sums["right"]) / float(sums["examples"]),
+    "loss": float(sums["loss"]) / float(sums["answers"]),
+    "examples": int(sums["examples"]),
+    "sites": {name: round(float(c) / steps, 2) for name, c in sums["sites"].items()},
+  }
+
+
 def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode: str, mesh: Any = None) -> dict:
   """Accuracy over batches.
 
@@ -57,6 +129,8 @@ def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode
   Raises:
     ValueError: there are no examples.
   """
+  if isinstance(module, VLM):
+    return answers(module, params, batches, mode, mesh)
   place = None if mesh is None else sharding.batch_sharding(mesh)
   step, sums, steps = eval_step(module, mode), None, 0
   for batch, _ in to_device(batches, place, prefetch=1):
@@ -118,13 +192,18 @@ def examples(model: Model, number: int) -> tuple[np.ndarray, np.ndarray]:
   return batch["image"][batch["mask"]], batch["label"][batch["mask"]]
 
 
+def prompts(model: Model, number: int) -> dict[str, np.ndarray]:
+  """The first questions of the evaluation split as a model is asked them.
+
+  Returns:
+    ids (number, S) int32, mask (number, S) bool and images (number, R, height, width, channels) float32; S ends with
+    the longest.
+  """
+  asked = vqa.without_answer(next(iter(_batches(model, None, number))))
+  length = int(asked["mask"].sum(1).max())
+  return dict(ids=asked["ids"][:, :length], mask=asked["mask"][:, :length], images=asked["image"])
+
+
 def _batches(model: Model, split: str | None, batch_size: int | None) -> Iterable[dict[str, np.ndarray]]:
   c = model.config
-  return eval_batches(
-    c.data,
-    split or c.data.eval_split,
-    image_size=c.model.image_size,
-    channels=c.model.channels,
-    num_classes=c.model.num_classes,
-    batch_size=batch_size or c.eval.batch_size,
-  )
+  return feed(c, split or c.data.eval_split, train=False, batch_size=batch_size or c.eval.batch_size)

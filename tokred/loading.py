@@ -47,7 +47,7 @@ def load(
   config["model"] = config["model"] | model
   made = build(config)
   target = jax.eval_shape(lambda: init(made.module, made.config.seed))
-  saved = _flat(read(path)) if source is None else source.arrays(target, made.module.shape.grid)
+  saved = _flat(read(path)) if source is None else source.arrays(target, _grid(made.config.model))
   anew = [name for name, array in saved.items() if array is pretrained.ANEW]
   if anew or any(_is_reducer(name) for name in _flat(target).keys() - saved.keys()):
     target = init(made.module, made.config.seed)
@@ -77,7 +77,11 @@ def read_config(path: str | os.PathLike[str], model: Mapping[str, Any] | None = 
   if (path / export.CARD).exists():
     return export.read_config(path)
   found = checkpoint.steps(path / checkpoint.FOLDER)  # the last one's config: its rates may be frozen
-  return checkpoint.read_config(path / checkpoint.FOLDER / str(found[-1]) if found else path)
+  config = checkpoint.read_config(path / checkpoint.FOLDER / str(found[-1]) if found else path)
+  if (path / checkpoint.WORDS).exists() and not config.text.tokenizer:
+    with config.unlocked():
+      config.text.tokenizer = str(path / checkpoint.WORDS)
+  return config
 
 
 def read(path: str | os.PathLike[str], target: Any = None, model: Any = None) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def read(path: str | os.PathLike[str], target: Any = None, model: Any = None) ->
   if source is not None:
     if model is not None:
       source.check(model)
-    loaded = source.arrays(target, None if model is None else shape(model).grid)
+    loaded = source.arrays(target, None if model is None else _grid(model))
     return traverse_util.unflatten_dict(loaded, sep="/")
   path, config = Path(path), read_config(path)
   if (path / export.CARD).exists():
@@ -108,8 +112,14 @@ def read(path: str | os.PathLike[str], target: Any = None, model: Any = None) ->
   if target is None or model is None:
     return params
   own = {name: pretrained.Lazy(a.shape, a.dtype, lambda a=a: a) for name, a in _flat(params).items()}
-  source = pretrained.Source(str(path), {}, {}, lambda heads: (), shape(config.model).grid, own=own)
-  return traverse_util.unflatten_dict(source.arrays(target, shape(model).grid), sep="/")
+  if model.name == "vlm":
+    return traverse_util.unflatten_dict(own, sep="/")
+  source = pretrained.Source(str(path), {}, {}, lambda heads: (), _grid(config.model), own=own)
+  return traverse_util.unflatten_dict(source.arrays(target, _grid(model)), sep="/")
+
+
+def _grid(model: Any) -> tuple[int, int]:
+  return shape(model).grid
 
 
 def into(target: Any, loaded: Any, source: str) -> Any:

@@ -9,8 +9,9 @@ import optax
 from ml_collections import ConfigDict
 
 from tokred import cost
-from tokred.layout import Sites, Spot, walk
+from tokred.layout import Spot, walk
 from tokred.nn.vit import Output, ViT
+from tokred.sites import SHARES
 from tokred.tokens import Array, Tokens, take
 
 
@@ -25,11 +26,37 @@ def cross_entropy(logits: Array, target: Array, label_smoothing: float = 0.0) ->
   return optax.softmax_cross_entropy(logits, optax.smooth_labels(target, label_smoothing)).mean()
 
 
-def distill_logits(logits: Array, teacher: Array, temperature: float = 1.0) -> Array:
-  """KL(teacher || student) tau^2, mean over the batch.  (Hinton et al., 2015, arXiv:1503.02531)"""
+def distill_logits(logits: Array, teacher: Array, temperature: float = 1.0, counted: Array | None = None) -> Array:
+  """KL(teacher || student) tau^2, mean over the batch, or over some.  (Hinton et al., 2015, arXiv:1503.02531)
+
+  Args:
+    logits: (B, classes), or (B, S, vocab).
+    teacher: likewise.
+    temperature: tau.
+    counted: (B, S) bool; None: all.
+  """
   log_q = jax.nn.log_softmax(logits / temperature)
   log_p = jax.nn.log_softmax(teacher / temperature)
-  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1).mean() * temperature**2
+  each = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * temperature**2
+  return each.mean() if counted is None else mean_of(each, counted)
+
+
+def answers(logits: Array, ids: Array, answer: Array, label_smoothing: float = 0.0) -> Array:
+  """Cross-entropy of the tokens of answers, each told from what stands before it; their mean over the batch.
+
+  Args:
+    logits: (B, S, vocab), of what follows each token.
+    ids: (B, S) int32.
+    answer: (B, S) bool, the tokens that the model shall have written.
+    label_smoothing: share of the target that is spread over the vocabulary.
+  """
+  target = optax.smooth_labels(jax.nn.one_hot(ids[:, 1:], logits.shape[-1]), label_smoothing)
+  return mean_of(optax.softmax_cross_entropy(logits[:, :-1], target), answer[:, 1:])
+
+
+def mean_of(values: Array, counted: Array) -> Array:
+  """Mean of the values that are counted, 0 where there are none; values and counted (B, S)."""
+  return jnp.where(counted, values, 0.0).sum() / jnp.maximum(counted.sum(), 1)
 
 
 def distill_tokens(tokens: Tokens, teacher: Array, kl: bool = False) -> Array:
@@ -137,20 +164,24 @@ def recalibration(recovered: Sequence[Array], teacher: Sequence[Array]) -> Array
 
 
 def counts(module: ViT, output: Output) -> dict[str, dict[int, Array]]:
-  """Tokens out by site and spot as the forward pass reported them."""
-  return {spot.site: output.aux[f"reduce/{spot.site}/count"] for spot in module.sites.spots}
+  """Tokens out by site and spot as the forward pass reported them; of a language model's learned rates their shares."""
+  out = {spot.site: output.aux[f"reduce/{spot.site}/count"] for spot in module.sites.spots}
+  return out | {spot.site: output.aux[f"reduce/{spot.site}/share"] for spot in shared(module)}
+
+
+def shared(module: Any) -> list[Spot]:
+  """Spots of a language model whose rate, a share of its visual tokens, is learned."""
+  return [spot for spot in module.spots if spot.rate == "learned" and spot not in module.sites.spots]
 
 
 def macs(module: ViT, output: Output) -> Any:
   """Multiply-adds of the pass, differentiable in learned counts."""
-  s = module.shape
-  return cost.macs(s.sizes(), module.sites.profile(s.width, s.num_heads, counts(module, output)))
+  return cost.of(module, counts=counts(module, output))
 
 
 def dense_macs(module: ViT) -> float:
   """Multiply-adds of the same model without sites."""
-  s = module.shape
-  return float(cost.macs(s.sizes(), Sites(module.sites.stack).profile(s.width, s.num_heads)))
+  return float(cost.of(module.dense()))
 
 
 UNITS = ("fraction", "gflops", "gmacs", "tokens")
@@ -165,17 +196,17 @@ def spent(module: ViT, unit: str, counts: Mapping[str, Any] | None = None) -> An
       "tokens": the mean over blocks of the tokens that leave them, protected ones counted.
     counts: tokens out by site and spot, numbers or traced scalars; None: as fixed.
   """
-  s = module.shape
-  profile = module.sites.profile(s.width, s.num_heads, counts)
   if unit == "tokens":
-    return sum(profile.leaving) / len(profile.leaving)
+    s = getattr(module, "tower", module).shape
+    leaving = module.sites.profile(s.width, s.num_heads, counts).leaving
+    return sum(leaving) / len(leaving)
   price = cost.flops if unit == "gflops" else cost.macs
-  return price(s.sizes(), profile) / (dense_macs(module) if unit == "fraction" else 1e9)
+  return cost.of(module, price, counts) / (dense_macs(module) if unit == "fraction" else 1e9)
 
 
 def dense(module: ViT, unit: str) -> float:
   """What the same model without sites costs in a unit."""
-  return float(spent(module.clone(sites=Sites(module.sites.stack)), unit))
+  return float(spent(module.dense(), unit))
 
 
 def reachable(module: ViT, unit: str) -> tuple[float, float]:
@@ -196,6 +227,8 @@ def reachable(module: ViT, unit: str) -> tuple[float, float]:
       return n
 
     walk(module.sites.stack.depth, module.sites.at, module.sites.stack.num_tokens, leave)
+    for spot in shared(module):
+      kept.setdefault(spot.site, {})[spot.index] = 1 / SHARES if lowest else 1.0
     return float(spent(module, unit, kept))
 
   return at(True), at(False)
@@ -214,33 +247,17 @@ def terms(
     teacher: of the dense teacher, where a distillation weight is not 0.
     full: of the less reduced pass, where a weight that reads it is not 0.
   """
-  out = {"cross_entropy": cross_entropy(output.logits, target, config.label_smoothing)}
+  out = {"cross_entropy": cross_entropy(output.logits, target, config.label_smoothing)} | reports(
+    config, module, output
+  )
   if config.distill_logits:
     out["distill_logits"] = distill_logits(output.logits, teacher.logits, config.temperature)
   if config.distill_tokens:
     out["distill_tokens"] = distill_tokens(output.tokens, teacher.tokens.x)
   if config.distill_tokens_kl:
     out["distill_tokens_kl"] = distill_tokens(output.tokens, teacher.tokens.x, kl=True)
-  reports = lambda name: reported(module, output, name)  # noqa: E731
-  for name, ratio in (("keep_ratio", keep_ratio), ("global_ratio", global_ratio)):
-    if config[name]:
-      shares = reports("kept_share")
-      out[name] = ratio(list(shares.values()), [spot.share for spot in shares]) if shares else jnp.zeros(())
-  if config.budget:
-    if config.target_unit == "fraction":
-      out["budget"] = budget(macs(module, output), dense_macs(module), config.target)
-    else:  # as shares of the dense model too, so that the weight means the same in every unit
-      whole = dense(module, config.target_unit)
-      used = spent(module, config.target_unit, counts(module, output))
-      out["budget"] = budget(used, whole, config.target / whole)
-  if config.ponder:
-    ponder = max(reports("ponder").items(), key=lambda item: item[0].layer)[1]
-    out["ponder"] = ponder.mean()
-  if config.halting_prior:
-    halting = {spot.layer: value for spot, value in reports("halting").items()}
-    out["halting_prior"] = halting_prior([halting[layer] for layer in sorted(halting)], config.halting_depth)
   if config.recalibration:
-    recovered, prefix = reports("recovered"), module.shape.num_prefix_tokens
+    recovered, prefix = reported(module, output, "recovered"), module.shape.num_prefix_tokens
     taught = [teacher.aux[f"tokens/{spot.layer}"][:, prefix:] for spot in recovered]
     out["recalibration"] = recalibration(list(recovered.values()), taught)
   if config.consistency:
@@ -250,8 +267,31 @@ def terms(
     out["full_cross_entropy"] = cross_entropy(full.logits, target, config.label_smoothing)
   if config.full_distill:
     out["full_distill"] = distill_logits(output.logits, jax.lax.stop_gradient(full.logits))
+  return out
+
+
+def reports(config: ConfigDict, module: Any, output: Any) -> dict[str, Array]:
+  """Those of the terms that read what reducers report and nothing else, of a ViT or of a VLM."""
+  out, named = {}, lambda name: reported(module, output, name)
+  for name, ratio in (("keep_ratio", keep_ratio), ("global_ratio", global_ratio)):
+    if config[name]:
+      shares = named("kept_share")
+      out[name] = ratio(list(shares.values()), [spot.share for spot in shares]) if shares else jnp.zeros(())
+  if config.budget:
+    if config.target_unit == "fraction":
+      out["budget"] = budget(macs(module, output), dense_macs(module), config.target)
+    else:  # as shares of the dense model too, so that the weight means the same in every unit
+      whole = dense(module, config.target_unit)
+      used = spent(module, config.target_unit, counts(module, output))
+      out["budget"] = budget(used, whole, config.target / whole)
+  if config.ponder:
+    ponder = max(named("ponder").items(), key=lambda item: item[0].layer)[1]
+    out["ponder"] = ponder.mean()
+  if config.halting_prior:
+    halting = {spot.layer: value for spot, value in named("halting").items()}
+    out["halting_prior"] = halting_prior([halting[layer] for layer in sorted(halting)], config.halting_depth)
   if config.router:
-    score, chosen, free = (reports(name) for name in ("score", "chosen", "free"))
+    score, chosen, free = (named(name) for name in ("score", "chosen", "free"))
     out["router"] = router([score[spot] for spot in chosen], list(chosen.values()), list(free.values()))
   for name in sorted({name for name in output.aux if name.split("/")[-1].startswith("loss")}):
     out[name] = sum(jnp.mean(value) for value in output.aux[name].values())
@@ -260,7 +300,7 @@ def terms(
 
 def reported(module: ViT, output: Output, name: str) -> dict[Spot, Array]:
   """What each spot reported under a name, for those that did."""
-  found = {spot: output.aux.get(f"reduce/{spot.site}/{name}", {}).get(spot.index) for spot in module.sites.spots}
+  found = {spot: output.aux.get(f"reduce/{spot.site}/{name}", {}).get(spot.index) for spot in module.spots}
   return {spot: value for spot, value in found.items() if value is not None}
 
 

@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from tokred import cost, rates
+from tokred import tokens as tk
 from tokred.config import complete, nearest
 from tokred.layout import Spot, walk
-from tokred.nn import vit
+from tokred.nn import generate, vit, vlm
 from tokred.tokens import Array
-
-MODELS = {"vit": vit.make}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Model:
   """`model(images)` runs it under jit; `model.module` is the Flax module for `init` and `apply`."""
 
   config: ConfigDict
-  module: vit.ViT
+  module: vit.ViT | vlm.VLM
   params: Any = None
 
   def __repr__(self) -> str:
@@ -35,7 +35,7 @@ class Model:
   @property
   def mode(self) -> str:
     """ "gather", or "mask" as long as a rate is learned."""
-    return "mask" if any(spot.rate == "learned" for spot in self.module.sites.spots) else "gather"
+    return "mask" if any(spot.rate == "learned" for spot in self.module.spots) else "gather"
 
   @property
   def counts(self) -> tuple[int, ...]:
@@ -74,6 +74,18 @@ class Model:
     """The same with all that reducers report and the source map after each block, in `aux`."""
     return self._run(images, True)
 
+  def with_sites(self, sites: Mapping[str, Any]) -> "Model":
+    """The same weights with other sites; parameters that their reducers have and these weights do not are drawn anew.
+
+    Raises:
+      ValueError: an error in the sites.
+    """
+    made = build(self.config.to_dict() | {"sites": dict(sites)})
+    target = flatten_dict(jax.eval_shape(lambda: init(made.module, self.config.seed)), sep="/")
+    own = flatten_dict(self.params, sep="/")
+    drawn = flatten_dict(made.init().params, sep="/") if target.keys() - own.keys() else {}
+    return dataclasses.replace(made, params=unflatten_dict({n: own.get(n, drawn.get(n)) for n in target}, sep="/"))
+
   def _run(self, images: Array, report: bool) -> vit.Output:
     if self.params is None:
       raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
@@ -86,12 +98,84 @@ class Model:
   def _price(self, price: Any) -> float:
     if self.mode == "mask":
       return freeze(self)._price(price)
-    s = self.module.shape
-    return float(price(s.sizes(), self.module.sites.profile(s.width, s.num_heads)))
+    return float(cost.of(self.module, price))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Reader(Model):
+  """A vision-language model: `model(ids, images)` has logits at ids, `model.write` goes on where they end."""
+
+  def __call__(self, ids: Array, images: Array, mask: Array | None = None, slot: Array | None = None) -> Array:
+    """Logits of what follows each id.
+
+    Args:
+      ids: (B, S) int32, with `config.llm.image_token` for each patch of an image.
+      images: (B, R, height, width, channels) float32, normalised; R images a row at most.
+      mask: (B, S), nonzero where there is a token; padding on either side.  None: everywhere.
+      slot: (B, R, patches) int32 where in its row each patch stands, -1: nowhere; None: in the order of ids.
+
+    Returns:
+      (B, S, vocab) float32; zero where a token has left.
+
+    Raises:
+      ValueError: no parameters yet, images of another shape, or placeholders that are not as many as patches.
+    """
+    ids, images, slot = self._checked(ids, images, slot)
+    known = self.module.known(ids, slot, mask, self.mode) if self.mode == "gather" else None
+    return read(self.module, self.mode)(self.params, known, ids, images, slot, mask)
+
+  def write(
+    self, ids: Array, images: Array, mask: Array | None = None, max_new_tokens: int = 32, slot: Array | None = None,
+    **options: Any,
+  ) -> generate.Generated:  # fmt: skip
+    """Continues prompts; options are those of `tokred.nn.generate.generate`: stop_tokens, temperature, top_p, seed."""
+    ids, images, slot = self._checked(ids, images, slot)
+    return vlm.write(self.module, self.params, ids, images, slot, mask, max_new_tokens, **options)
+
+  def inspect(self, ids: Array, images: Array) -> Any:
+    """The whole output, with all that reducers report and the source map after each layer, in `aux`."""
+    ids, images, slot = self._checked(ids, images, None)
+    known = self.module.known(ids, slot, None, self.mode)
+    run = lambda params: self.module.apply({"params": params}, ids, images, slot=slot, known=known, mode=self.mode)  # noqa: E731
+    return jax.jit(run)(self.params)
+
+  def _checked(self, ids: Any, images: Any, slot: Any) -> tuple[np.ndarray, Any, np.ndarray]:
+    if self.params is None:
+      raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
+    ids, s, token = np.asarray(ids), self.module.tower.shape, self.module.image_token
+    wanted = (*self.config.model.image_size, self.config.model.channels)
+    if np.ndim(images) != 5 or np.shape(images)[2:] != wanted or not np.shape(images)[1]:
+      raise ValueError(
+        f"images of shape {np.shape(images)}; the model takes (batch, images of a row, {', '.join(map(str, wanted))})"
+      )
+    if ids.ndim != 2 or len(ids) != len(images) or not (ids.min() >= 0 and ids.max() < self.config.llm.vocab):
+      raise ValueError(
+        f"ids of shape {ids.shape} from {ids.min(initial=0)} to {ids.max(initial=0)}; valid: ({len(images)}, tokens), "
+        f"from 0 to {self.config.llm.vocab - 1}"
+      )
+    slot = vlm.slots(ids, token, np.shape(images)[1], s.grid[0] * s.grid[1]) if slot is None else np.asarray(slot)
+    return ids, images, slot
+
+
+MODELS: dict[str, tuple[type[Model], Callable[[ConfigDict], Any]]] = {
+  "vit": (Model, lambda config: vit.make(config.model, config.sites.to_dict())),
+  "vlm": (Reader, lambda config: vlm.make(config, config.sites.to_dict())),
+}
 
 
 @functools.lru_cache(maxsize=32)
-def forward(module: vit.ViT, mode: str, report: bool = False) -> Any:
+def read(module: vlm.VLM, mode: str) -> Any:
+  """Jitted (params, known, ids, images, slot, mask) -> logits at ids; `known` is static."""
+
+  def run(params: Any, known: Any, ids: Array, images: Array, slot: Array, mask: Any) -> Array:
+    output = module.apply({"params": params}, ids, images, slot=slot, mask=mask, known=known, mode=mode)
+    return tk.restore(output.logits, output.tokens.owner)
+
+  return jax.jit(run, static_argnums=1)
+
+
+@functools.lru_cache(maxsize=32)
+def forward(module: Any, mode: str, report: bool = False) -> Any:
   """Jitted (params, images) -> Output, with an empty `aux` where no report is asked for."""
 
   def run(params: Any, images: Array) -> vit.Output:
@@ -116,25 +200,25 @@ def build(config: Mapping[str, Any] | ConfigDict) -> Model:
     raise ValueError(f"config.model.name={config.model.name!r} is not a model; {nearest(config.model.name, MODELS)}")
   if config.rates.multiple_of < 1:
     raise ValueError(f"config.rates.multiple_of={config.rates.multiple_of}; valid: 1 or more")
-  return Model(config, MODELS[config.model.name](config.model, config.sites.to_dict()))
+  kind, make = MODELS[config.model.name]
+  return kind(config, make(config))
 
 
-def without_sites(module: vit.ViT) -> vit.ViT:
+def without_sites(module: Any) -> Any:
   """The dense module; parameters under `reduce/` mean nothing to it."""
-  return module.clone(sites=type(module.sites)(module.sites.stack))
+  return module.dense()
 
 
-def init(module: vit.ViT, seed: int) -> Any:
+def init(module: Any, seed: int) -> Any:
   """Parameters of a module drawn from a seed, as a nested dict of float32 arrays."""
   return _draw(module, jax.random.split(jax.random.key(seed), 3))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _draw(module: vit.ViT, keys: Array) -> Any:
+def _draw(module: Any, keys: Array) -> Any:
   """Under jit, for then the forward pass that finds the shapes is never run."""
-  s, patch = module.shape, module.shape.patch
-  images = jnp.zeros((1, s.grid[0] * patch, s.grid[1] * patch, s.channels))
-  return module.init(dict(zip(("params", "reduce", "dropout"), keys, strict=True)), images, mode="mask")["params"]
+  streams = dict(zip(("params", "reduce", "dropout"), keys, strict=True))
+  return module.init(streams, **module.example(), mode="mask")["params"]
 
 
 def freeze(model: Model) -> Model:
@@ -150,7 +234,7 @@ def freeze(model: Model) -> Model:
   """
   if not isinstance(model, Model):
     raise ValueError(f"{model!r} has no parameters to freeze; export orbax or safetensors too")
-  model = _without_heads(model)
+  model = _without_heads(_with_shares(model))
   spots = model.module.sites.spots
   learned = [index for index, spot in enumerate(spots) if spot.rate in rates.LEARNED]
   if not learned:
@@ -174,9 +258,29 @@ def freeze(model: Model) -> Model:
   return dataclasses.replace(build(config), params=drop_rates(model.params))
 
 
+def _with_shares(model: Model) -> Model:
+  """The model with learned shares of a language model's visual tokens as fixed ones; the tower may still learn."""
+  spots = [s for s in model.module.spots if s.rate == "learned" and s not in model.module.sites.spots]
+  if not spots:
+    return model
+  if model.params is None:
+    raise ValueError("freeze needs parameters: call model.init(), or get the model from tokred.load")
+  config = model.config.to_dict()
+  for name in {spot.site for spot in spots}:
+    kept, least = [], 1.0
+    for spot in (spot for spot in spots if spot.site == name):
+      logits = model.params["llm"][f"block_{spot.layer}"]["reduce"][spot.child]["rate"]["logits"]
+      least = min(least, rates.frozen_share(logits))  # a later rate cannot bring tokens back
+      kept.append(least)
+    site = {field: value for field, value in config["sites"][name].items() if field not in ("rate", "granularity")}
+    config["sites"][name] = site | {"keep": tuple(kept), "of": "input"}
+  blocks = {name: drop_rates(block) for name, block in model.params["llm"].items()}
+  return dataclasses.replace(build(config), params=dict(model.params) | {"llm": blocks})
+
+
 def _without_heads(model: Model) -> Model:
   """The model without what only training uses: sites of auxiliary heads, and such parts of reducers."""
-  spots = model.module.sites.spots
+  spots = model.module.spots
   heads = {spot.child for spot in spots if spot.type.training_only}
   parts = {name for spot in spots for name in spot.type.training_params}
   if not heads | parts:
@@ -208,7 +312,8 @@ def _frozen_counts(model: Model) -> list[int]:
 
 def _rate(model: Model, spot: Spot) -> Any:
   """Parameters of a spot's rate."""
-  block = model.params[f"block_{spot.layer}"] if spot.layer >= 0 else model.params
+  params = model.params.get("tower", model.params)
+  block = params[f"block_{spot.layer}"] if spot.layer >= 0 else params
   return block["reduce"][spot.child]["rate"]
 
 

@@ -60,7 +60,7 @@ def tokenizer(config: ConfigDict) -> Tokenizer:
   found = _tokenizer(d.name, d.data_dir, d.train_split, t.tokenizer, t.prompt, t.system, config.llm.image_token)
   if found.size > config.llm.vocab:
     raise ValueError(f"config.llm.vocab={config.llm.vocab}: the tokenizer has {found.size} ids; valid: as many or more")
-  if found.image_token not in (-1, config.llm.image_token):
+  if found.image_token not in (-1, config.llm.image_token) and config.llm.image_token < found.size:
     raise ValueError(
       f"config.llm.image_token={config.llm.image_token}: the tokenizer has placeholders of id {found.image_token}"
     )

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from tokred import cost
 from tokred import tokens as tk
 from tokred.config import nearest
-from tokred.layout import Sites, Stack
+from tokred.layout import Sites, Spot, Stack
 from tokred.nn import attention
 from tokred.nn.block import ACTIVATIONS, Block, Mlp
+from tokred.scores import MEMORY
 from tokred.sites import Reduce, parse
 from tokred.tokens import Array, Tokens
 
@@ -175,6 +176,22 @@ class ViT(nn.Module):
   shape: Shape
   sites: Sites
 
+  @property
+  def spots(self) -> tuple[Spot, ...]:
+    """All that act."""
+    return self.sites.spots
+
+  @nn.nowrap
+  def example(self) -> dict[str, Array]:
+    """Arguments of the smallest call, to find the shapes of parameters with."""
+    s = self.shape
+    return dict(images=jnp.zeros((1, s.grid[0] * s.patch, s.grid[1] * s.patch, s.channels)))
+
+  @nn.nowrap
+  def dense(self) -> "ViT":
+    """The same without sites; parameters under `reduce/` mean nothing to it."""
+    return self.clone(sites=Sites(self.sites.stack))
+
   @nn.compact
   def __call__(
     self,
@@ -211,7 +228,8 @@ class ViT(nn.Module):
         tokens.x.shape[1] // tokens.images if mode == "gather" else tokens.mask.astype(jnp.float32).sum(1).mean()
       )
     tokens, report = Reduce(self.sites.at(-1, "output"), name="reduce")(tokens, "output", keeps, train=train, mode=mode)
-    tokens = tokens.replace(x=norm(name="norm")(tokens.x) if c.final_norm == "tokens" else tokens.x, feats={})
+    feats = {name: a for name, a in tokens.feats.items() if name == MEMORY}  # a language model may read it
+    tokens = tokens.replace(x=norm(name="norm")(tokens.x) if c.final_norm == "tokens" else tokens.x, feats=feats)
     pooled = self._pool(tokens, dtype)
     pooled = (norm(name="fc_norm")(pooled) if c.final_norm == "pooled" else pooled).astype(jnp.float32)
     logits = pooled

@@ -5,7 +5,7 @@ tower and its sites leave of an image stands in the places of its survivors, and
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,10 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from tokred import cost
 from tokred import tokens as tk
 from tokred.config import nearest
+from tokred.layout import Sites, Spot, walk
 from tokred.nn import decoder, generate, projectors, vit
 from tokred.nn.budget import Census, capacities
 from tokred.nn.cache import Cache
@@ -23,6 +25,7 @@ from tokred.nn.decoder import Decoder, Output
 from tokred.nn.decoder_layer import Shape
 from tokred.nn.generate import Generated
 from tokred.nn.rope import Rope
+from tokred.scores import MEMORY
 from tokred.sites import POSITIONS
 from tokred.tokens import Array, Tokens
 
@@ -45,6 +48,38 @@ class VLM(nn.Module):
   llm: Decoder
   image_token: int  # the id of placeholders
   reindex: bool = False  # whether positions are counted anew once the tower's sites have acted
+  prompt: int = 32  # tokens of text that multiply-adds are counted with
+  newline: bool = False  # placeholders without a patch are ends of lines of them, as in LLaVA-NeXT
+
+  def setup(self) -> None:
+    if self.newline:
+      width = self.llm.shape.width
+      self.image_newline = self.param("image_newline", nn.initializers.normal(width**-0.5), (width,), jnp.float32)
+
+  @property
+  def sites(self) -> Sites:
+    """Those of the tower; the language model has its own, `llm.sites`."""
+    return self.tower.sites
+
+  @property
+  def spots(self) -> tuple[Spot, ...]:
+    """All that act, in tower and language model."""
+    return (*self.tower.sites.spots, *self.llm.sites.spots)
+
+  @nn.nowrap
+  def example(self) -> dict[str, Array]:
+    """Arguments of the smallest call, to find the shapes of parameters with."""
+    s = self.tower.shape
+    patches = s.grid[0] * s.grid[1]
+    ids = jnp.full((1, patches + 1), self.image_token, jnp.int32).at[0, -1].set(self.image_token ^ 1)
+    images = jnp.zeros((1, 1, s.grid[0] * s.patch, s.grid[1] * s.patch, s.channels))
+    return dict(ids=ids, images=images, slot=jnp.arange(patches, dtype=jnp.int32)[None, None])
+
+  @nn.nowrap
+  def dense(self) -> "VLM":
+    """The same without sites."""
+    bare = lambda module: module.clone(sites=type(module.sites)(module.sites.stack))  # noqa: E731
+    return self.clone(tower=bare(self.tower), llm=bare(self.llm), reindex=False)
 
   @nn.nowrap
   def known(self, ids: Any, slot: Any, mask: Any = None, mode: str = "gather") -> Known:
@@ -61,11 +96,36 @@ class VLM(nn.Module):
     """
     ids, slot = np.asarray(ids), np.asarray(slot)
     mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask) > 0
-    check(ids, slot, mask, self.image_token)
+    check(ids, slot, mask, self.image_token, self.newline)
     text = (mask & (ids != self.image_token)).sum(1)
-    used, kept = (slot >= 0).sum(2), self.left(mode)  # of each image
-    most, fewest = np.minimum(used, kept), np.maximum(used - max(slot.shape[2] - kept, 0), 0)
-    return Known(int((text + most.sum(1)).max()), Census(int(fewest.sum(1).min()), int(text.max())))
+    lines = (mask & (ids == self.image_token)).sum(1) - (slot >= 0).sum((1, 2))  # newlines between rows of patches
+    fewest, most = self.bounds((slot >= 0).sum(2), slot.shape[2], mode)
+    return Known(int((text + lines + most.sum(1)).max()), Census(int((lines + fewest.sum(1)).min()), int(text.max())))
+
+  @nn.nowrap
+  def bounds(self, used: np.ndarray, patches: int, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that reach the language model of images, at least and at most.
+
+    Args:
+      used: (B, R) int; patches of each image that have a placeholder.
+      patches: of an image, those that are cut away counted.
+      mode: "mask" or "gather".
+    """
+    kept = self.left(mode)
+    ragged = any(spot.rate.endswith("threshold") or spot.type.ragged for spot in self.tower.sites.spots)
+    return np.maximum(used - max(patches - kept, 0), 0) * (not ragged), np.minimum(used, kept)
+
+  @nn.nowrap
+  def known_of(self, ids: tuple[int, int], slot: tuple[int, int, int]) -> Known:
+    """The counts of batches in which every row has all its images, from shapes alone.
+
+    Args:
+      ids: (B, S).
+      slot: (B, R, N).
+    """
+    text = ids[1] - slot[1] * slot[2]
+    fewest, most = (int(n.sum()) for n in self.bounds(np.full(slot[1], slot[2]), slot[2], "gather"))
+    return Known(text + most, Census(fewest, text))
 
   @nn.nowrap
   def left(self, mode: str = "gather") -> int:
@@ -74,6 +134,29 @@ class VLM(nn.Module):
     spots = [spot for spot in s.spots if spot.place == "output"] if mode == "gather" else []
     n = s.stack.num_tokens if mode == "mask" else spots[-1].keep if spots else s.counts()[-1]
     return self.projector.left(n - self.dropped)
+
+  @nn.nowrap
+  def lengths(self, visual: Any, counts: Mapping[str, Any] | None = None) -> tuple[list[Any], list[Any]]:
+    """Tokens in each layer's attention and MLP: `prompt` of text, and of so many visual ones what the sites leave.
+
+    Args:
+      visual: visual tokens that reach the language model, a number or a traced scalar.
+      counts: learned shares of these by site and spot.
+    """
+    sites = self.llm.sites
+
+    def leave(spots: Sequence[Spot], n: Any) -> Any:
+      for spot in spots:
+        if spot.rate == "learned" and counts and spot.site in counts:
+          n = cost.min_st(n, [counts[spot.site][spot.index] * visual])
+        elif spot.rate == "fixed" and isinstance(spot.budget, float) and spot.budget <= 1.0:
+          n = cost.min_st(n, [visual * spot.budget]) if spot.of == "input" else n * spot.budget
+        elif spot.rate == "fixed" and spot.budget is not None:
+          n = cost.min_st(n, [max(spot.budget - self.prompt, 0)])
+      return n
+
+    counts = walk(sites.stack.depth, sites.at, visual, leave)
+    return [self.prompt + n for n in counts.attention], [self.prompt + n for n in counts.mlp]
 
   @property
   def dropped(self) -> int:
@@ -125,7 +208,10 @@ class VLM(nn.Module):
     self, ids: Array, images: Array, *, slot: Array, room: int, known: Known, mask: Array | None = None,
     position: Array | None = None,
   ) -> Output:  # fmt: skip
-    """Reduces and caches prompts, with room for as many tokens more; logits (B, 1, vocab) of their last tokens."""
+    """Reduces and caches prompts, with room for as many tokens more; logits (B, 1, vocab) of their last tokens.
+
+    Instead of images it takes what `see` returned of them.
+    """
     joined, owner, report = self._join(ids, images, slot, mask, position, None, known, False, "gather", None)
     return self._whole(self.llm.prefill(**joined, room=room, known=known.census), owner, report)
 
@@ -149,17 +235,30 @@ class VLM(nn.Module):
       (B R) rows of M tokens; where in ids each stands, (B R, M) int32, -1: nowhere; what the tower reports.
     """
     s = self.tower.shape
+    size = (s.grid[0] * s.patch, s.grid[1] * s.patch, s.channels)
+    if images.ndim != 5 or not images.size or images.shape[2:] != size:
+      raise ValueError(f"images of shape {images.shape}; valid: (batch, images, {', '.join(map(str, size))}), resized")
+    if slot.shape != (*images.shape[:2], s.grid[0] * s.grid[1]):
+      raise ValueError(f"slot of shape {slot.shape}; valid: {(*images.shape[:2], s.grid[0] * s.grid[1])}")
     seen = self.tower(images.reshape(-1, *images.shape[2:]), train=train, mode=mode, keeps=keeps)
     tokens, prefix = seen.tokens, self.dropped
     if prefix:  # they stand first, and nothing takes them away
       rest = jax.tree.map(lambda a: a[:, prefix:], tokens.replace(owner=tokens.x[..., 0]))
       tokens = rest.replace(owner=jnp.where(tokens.owner >= prefix, tokens.owner - prefix, -1))
-    tokens = tokens.replace(owner=tokens.owner[:, s.num_prefix_tokens :], feats={})
-    tokens = self.projector(tokens, s.grid)
+    patch = tokens.position - s.num_prefix_tokens
+    tokens = tokens.replace(owner=tokens.owner[:, s.num_prefix_tokens :], position=patch)
+    tokens = self.projector(tokens.replace(feats=tokens.feats | self._levels(seen.aux)), s.grid, train)
     table = slot.reshape(-1, slot.shape[-1])
-    patch = tokens.position - s.num_prefix_tokens  # a kept prefix token stands where its image begins
-    place = tk.take(table, jnp.maximum(patch, 0))
+    place = tk.take(table, jnp.maximum(tokens.position, 0))  # a kept prefix token stands where its image begins
     return tokens, place, seen.aux
+
+  def _levels(self, aux: Mapping[str, Any]) -> dict[str, Array]:
+    """Features of the layers that the projector asks for, on the patches, side by side."""
+    s, layers = self.tower.shape, getattr(self.projector, "levels", ())
+    if any(not 0 <= layer < s.depth for layer in layers):
+      raise ValueError(f"config.projector.levels={layers}; valid: layers 0 to {s.depth - 1} of the tower")
+    of = lambda layer: tk.restore(aux[f"tokens/{layer}"], aux[f"owner/{layer}"])[:, s.num_prefix_tokens :]  # noqa: E731
+    return {"levels": jnp.concatenate([of(layer) for layer in layers], axis=-1)} if layers else {}
 
   def _join(
     self, ids: Array, images: Array, slot: Array, mask: Any, position: Any, segment: Any, known: Known | None,
@@ -170,21 +269,29 @@ class VLM(nn.Module):
       raise ValueError("in gather mode the shapes need known=module.known(ids, slot, mask), counted on the host")
     batch, source = ids.shape
     mask = jnp.ones(ids.shape, bool) if mask is None else mask > 0
-    visual, place, report = self.see(images, slot, train, mode, keeps)
+    seen = images if isinstance(images, tuple) else self.see(images, slot, train, mode, keeps)
+    visual, place, report = seen
     soft = jnp.issubdtype(visual.mask.dtype, jnp.floating)
     if not soft:
       place = jnp.where(visual.alive, place, -1)
     if self.reindex and mode == "gather":  # as the reducer lays them out
-      place = jnp.sort(jnp.where(place < 0, source, place), axis=1)
-      place = jnp.where(place < source, place, -1)
+      turn = jnp.maximum(jnp.cumsum(place >= 0, axis=1) - 1, 0)  # some survivors may lie in an image's margin
+      place = jnp.where(place < 0, -1, tk.take(jnp.sort(jnp.where(place < 0, source, place), axis=1), turn))
     row = lambda a: a.reshape(batch, -1, *a.shape[2:])  # noqa: E731
     x, seen, place, count = row(visual.x), row(visual.mask), row(place), visual.x.shape[1]
-    text = mask & (ids != self.image_token)
-    x = jnp.concatenate([self.llm.embeddings(ids), x.astype(self.llm.dtype)], axis=1)
+    text, words = mask & (ids != self.image_token), self.llm.embeddings(ids)
+    free = jnp.zeros_like(text)  # newlines are of the image: sites may take them
+    if self.newline:
+      stood = jax.vmap(lambda t: jnp.zeros(source, bool).at[jnp.where(t >= 0, t, source)].set(True, mode="drop"))
+      free = mask & ~text & ~stood(slot.reshape(batch, -1))
+      words = jnp.where(free[..., None], self.image_newline.astype(words.dtype), words)
+    x = jnp.concatenate([words, x.astype(self.llm.dtype)], axis=1)
     index = jnp.arange(source, dtype=jnp.int32)
     stands = jnp.concatenate([jnp.broadcast_to(index, ids.shape), jnp.maximum(place, 0)], axis=1)
-    there = jnp.concatenate([text, place >= 0], axis=1)
-    alive = jnp.concatenate([text.astype(seen.dtype), jnp.where(place >= 0, seen, jnp.zeros_like(seen))], axis=1)
+    there = jnp.concatenate([text | free, place >= 0], axis=1)
+    alive = jnp.concatenate(
+      [(text | free).astype(seen.dtype), jnp.where(place >= 0, seen, jnp.zeros_like(seen))], axis=1
+    )
     where = tk.rank(jnp.where(there, stands, source))
     order = tk.inverse(where)[:, : known.length if known else source]
     if position is None:
@@ -193,12 +300,15 @@ class VLM(nn.Module):
     joined = dict(x=tk.take(x, order), mask=tk.take(alive, order))
     joined["protected"] = tk.take(jnp.pad(text, ((0, 0), (0, place.shape[1]))), order)
     joined["position"] = None if self.reindex else tk.take(position, stands)
+    if MEMORY in visual.feats and visual.feats[MEMORY].shape == visual.mask.shape:  # what a site of the tower remembers
+      memory = jnp.pad(row(visual.feats[MEMORY]), ((0, 0), (source, 0)))
+      joined["state"] = {MEMORY: tk.take(memory, order)}
     if segment is not None:
       joined["segment"] = tk.take(segment, stands)
     patches = jnp.where(visual.owner >= 0, visual.owner, -1).reshape(batch, -1, visual.owner.shape[1])
     first = source + count * jnp.arange(patches.shape[1], dtype=jnp.int32)[:, None]
     patches = jnp.where(patches >= 0, patches + first, -1).reshape(batch, -1)
-    owner = jnp.where(text, index, -1)
+    owner = jnp.where(text | free, index, -1)
     owner = jax.vmap(lambda o, s, p: o.at[jnp.where(s >= 0, s, source)].set(p, mode="drop"))(
       owner, slot.reshape(batch, -1), patches
     )
@@ -210,8 +320,8 @@ class VLM(nn.Module):
     return out.replace(tokens=tokens, aux=out.aux | seen)
 
 
-def check(ids: np.ndarray, slot: np.ndarray, mask: np.ndarray, image_token: int) -> None:
-  """Whether patches and placeholders of a batch are the same.
+def check(ids: np.ndarray, slot: np.ndarray, mask: np.ndarray, image_token: int, newline: bool = False) -> None:
+  """Whether patches and placeholders of a batch are the same, but for those of newlines where the model has them.
 
   Raises:
     ValueError: names the row, and both numbers.
@@ -221,6 +331,8 @@ def check(ids: np.ndarray, slot: np.ndarray, mask: np.ndarray, image_token: int)
   for row, (line, there, table) in enumerate(zip(ids, mask, slot, strict=True)):
     wanted = np.flatnonzero(there & (line == image_token))
     given = np.sort(table[table >= 0])
+    if newline and len(given) and np.isin(given, wanted).all() and len(np.unique(given)) == len(given):
+      continue
     if not np.array_equal(wanted, given):
       raise ValueError(
         f"row {row} has {len(wanted)} placeholders (id {image_token}) and its images {len(given)} tokens"
@@ -256,15 +368,25 @@ def slots(ids: Any, image_token: int, images: int, patches: int) -> np.ndarray:
 def write(
   model: VLM, params: Any, ids: Any, images: Any, slot: Any, mask: Any = None, max_new_tokens: int = 32, *,
   stop_tokens: tuple[int, ...] = (), temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, position: Any = None,
+  cache_length: int = 0,
 ) -> Generated:  # fmt: skip
   """Continues prompts with images; arguments as in `VLM.__call__` and `generate.generate`.
 
   Raises:
-    ValueError: an argument that is not valid, or placeholders that do not fit; before anything is compiled.
+    ValueError: an argument that is not valid, placeholders that do not fit, or a prompt that is longer than the cache;
+      before anything is compiled.
   """
   ids, mask = np.asarray(ids), np.ones(np.shape(ids), bool) if mask is None else np.asarray(mask) > 0
   generate.check(max_new_tokens, temperature, top_p)
   known = model.known(ids, slot, mask)
+  if cache_length:
+    longest = known.length + max_new_tokens
+    if longest > cache_length:
+      raise ValueError(
+        f"a prompt of {known.length} tokens, images counted, and max_new_tokens={max_new_tokens} are longer than the "
+        f"cache: cache_length={cache_length}; valid: {longest} or more"
+      )
+    known = dataclasses.replace(known, length=min(cache_length - max_new_tokens, ids.shape[1]))
   capacities(model.llm.sites, known.length, known.census)
   inputs = dict(ids=ids, images=images, slot=slot, mask=mask, position=position)
   stop = jnp.asarray(tuple(stop_tokens), jnp.int32)
@@ -308,15 +430,25 @@ def make(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any]) -> VL
   if sizes.num_classes:
     raise ValueError(f"config.model.num_classes={sizes.num_classes}: a tower has no head; valid: 0")
   projector = projectors.projector(config.projector.name, FrozenConfigDict(config.projector), text.width)
-  return VLM(tower, projector, llm, config.llm.image_token, anew)
+  return VLM(tower, projector, llm, config.llm.image_token, anew, config.llm.prompt)
 
 
 def language(config: ConfigDict) -> Shape:
-  """Sizes of `config.llm`."""
-  c = config
-  heads = max(c.num_heads, 1)
+  """Sizes of `config.llm`.
+
+  Raises:
+    ValueError: rope_scale does not have the numbers that rope_type asks for.
+  """
+  c, heads, names = config, max(config.num_heads, 1), ("factor", "low", "high", "original")
+  wanted = {"linear": 1, "llama3": 4}.get(c.rope_type, 0)
+  if len(c.rope_scale) != wanted:
+    raise ValueError(
+      f"config.llm.rope_scale={tuple(c.rope_scale)!r} of rope_type={c.rope_type!r}; valid: {names[:wanted] or '()'}"
+    )
+  rope = Rope(c.rope_theta, c.rope_type, **dict(zip(names, c.rope_scale, strict=False)))
   return Shape(
     vocab=c.vocab, width=c.width, depth=c.depth, mlp_dim=c.mlp_dim or 4 * c.width, num_heads=c.num_heads,
     num_kv_heads=c.num_kv_heads or c.num_heads, head_dim=c.head_dim or c.width // heads, norm_eps=c.norm_eps,
-    rope=Rope(c.rope_theta), qkv_bias=c.qkv_bias, qk_norm=c.qk_norm, tied=c.tied, max_length=c.max_length,
+    rope=rope, qkv_bias=c.qkv_bias, proj_bias=c.proj_bias, mlp_bias=c.mlp_bias, qk_norm=c.qk_norm, tied=c.tied,
+    activation=c.activation, max_length=c.max_length,
   )  # fmt: skip

@@ -17,9 +17,11 @@ from tokred.pretrained.arrays import PICKLES, read_safetensors
 from tokred.pretrained.big_vision import open_big_vision
 from tokred.pretrained.hub import find
 from tokred.pretrained.huggingface import open_huggingface
+from tokred.pretrained.reader import ReaderSource, open_reader
 from tokred.pretrained.rules import ANEW, Lazy, compare, merge, translate
 from tokred.pretrained.source import Source
 from tokred.pretrained.timm import open_timm
+from tokred.pretrained.vlm import KINDS
 from tokred.pretrained.write import save_huggingface, with_sites
 
 __all__ = [
@@ -36,7 +38,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(path: str | os.PathLike[str]) -> Source | ReaderSource:
   """What lies at a path: a directory of transformers or timm, a safetensors file in timm's names, or an .npz file.
 
   Nothing but headers is read.
@@ -60,6 +62,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     raise ValueError(f"{file} names neither transformers' model_type nor timm's architecture; fetch it again")
   if "architecture" in config and "model_type" not in config:
     return open_timm(path, config)
+  if config["model_type"] in KINDS:
+    return open_reader(path)
   return with_sites(open_huggingface(path, config), path)
 
 

@@ -74,6 +74,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
       kept.data.labels = kept.data.labels or tuple(eval_batches.label_names)
   teacher = _teacher(phase)
   state = None if checkpoint.steps(workdir / checkpoint.FOLDER) else _first_state(phase)
+  _write_words(config, workdir)
   checkpoint.write_config(workdir, config)  # only here: what fails before leaves no run that could be in the way
   saved = checkpoint.Checkpoints(workdir / checkpoint.FOLDER, config.train.keep_checkpoints)
   try:
@@ -203,7 +204,7 @@ def _num_steps(config: ConfigDict) -> int:
   c = config.train
   if c.steps:
     return c.steps
-  steps = int(c.epochs * tokred_data.describe(config.data).num_train / c.batch_size)
+  steps = int(c.epochs * tokred_data.num_train(config) / c.batch_size)
   if steps < 1:
     raise ValueError(f"config.train.epochs={c.epochs} is less than one step of batch_size={c.batch_size}")
   return steps
@@ -211,21 +212,22 @@ def _num_steps(config: ConfigDict) -> int:
 
 def _data(config: ConfigDict) -> tuple[Any, Any]:
   """Batches of this process: endless ones to train on, and those of the evaluation split."""
-  count = jax.process_count()
-  m = config.model
-  common = dict(
-    image_size=m.image_size,
-    channels=m.channels,
-    num_classes=m.num_classes,
-    process_index=jax.process_index(),
-    process_count=count,
-  )
-  train_batches = tokred_data.train_batches(
-    config.data, batch_size=config.train.batch_size // count, seed=config.seed, **common
-  )
-  devices = jax.device_count()
+  count, devices = jax.process_count(), jax.device_count()
+  common = dict(process_index=jax.process_index(), process_count=count)
   size = -(-config.eval.batch_size // devices) * devices // count  # whole examples for every device
-  return train_batches, tokred_data.eval_batches(config.data, config.data.eval_split, batch_size=size, **common)
+  return (
+    tokred_data.feed(
+      config, config.data.train_split, train=True, batch_size=config.train.batch_size // count, **common
+    ),
+    tokred_data.feed(config, config.data.eval_split, train=False, batch_size=size, **common),
+  )
+
+
+def _write_words(config: ConfigDict, workdir: Path) -> None:
+  """The words that a tokenizer was made of stay with the run."""
+  if config.model.name == "vlm" and not config.text.tokenizer and jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokred_data.tokenizer(config).write(workdir / checkpoint.WORDS)
 
 
 def _first_state(phase: Phase) -> Any:

@@ -123,7 +123,7 @@ def check(config: ConfigDict) -> None:
 
 def _check_sites(config: ConfigDict, module: ViT) -> None:
   """Raises ValueError where `config.train`, `rates` or `loss` ask for what the sites cannot do."""
-  spots = module.sites.spots
+  spots = module.spots
   by_rate = lambda rate: sorted({spot.site for spot in spots if spot.rate == rate})  # noqa: E731
   learned, scheduled = by_rate("learned"), by_rate("scheduled")
   costed = sorted({*learned, *by_rate("learned_threshold")})

@@ -9,10 +9,11 @@ import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from tokred import lora, losses
+from tokred import evaluate, lora, losses, tokens
 from tokred.evaluate import counts_by_site
 from tokred.model import without_sites
 from tokred.nn.vit import ViT
+from tokred.nn.vlm import VLM
 from tokred.sharding import path_name
 from tokred.train.alarms import overlaps
 from tokred.train.optim import ema_update
@@ -45,23 +46,16 @@ def make_step(
     then; seed a uint32, an input so that all seeds share one program; metrics are float32 scalars, the terms of the
     loss by their names.
   """
-  weights, dense = config.loss, without_sites(module)
+  weights, look = config.loss, _classify if isinstance(module, ViT) else _answer
 
   def loss(own: Any, batch: dict, rng: jax.Array, keeps: Any, teacher: Any) -> tuple[jax.Array, dict]:
     own = jax.tree.map(lambda leaf, fixed: jax.lax.stop_gradient(leaf) if fixed else leaf, own, frozen)
     params = lora.merge(own, config.lora.alpha)
     streams = dict(zip(("dropout", "reduce", "full"), jax.random.split(rng, 3), strict=True))
-    images, classes = batch["image"], module.shape.num_classes
-    target = batch["target"] if "target" in batch else jax.nn.one_hot(batch["label"], classes)
-    output = module.apply({"params": params}, images, train=True, mode=mode, keeps=keeps, rngs=streams)
-    taught = None if teacher is None else dense.apply({"params": _overlay(own, teacher, whole)}, images)
-    full = None
-    if weights.consistency or weights.full_cross_entropy or weights.full_distill:
-      full = _less_reduced(module, weights.less, params, images, streams["full"])
-    terms = losses.terms(weights, module, output, target, taught, full)
-    right = output.logits.argmax(-1) == target.argmax(-1)
+    taught = None if teacher is None else _overlay(own, teacher, whole)
+    output, terms, accuracy = look(weights, module, params, taught, batch, mode, keeps, streams)
     counts = {f"counts/{name}": count for name, count in counts_by_site(module, output.aux).items()}
-    metrics = terms | {"accuracy": right.astype(jnp.float32).mean()} | counts | overlaps(module, output)
+    metrics = terms | {"accuracy": accuracy} | counts | overlaps(module, output)
     return losses.total(weights, terms), metrics
 
   def step(state: State, batch: dict, keeps: Mapping[str, Any] | None, teacher: Any, seed: Any) -> tuple[State, dict]:
@@ -78,6 +72,41 @@ def make_step(
     return new, metrics | {"grad_norm": optax.tree.norm(grads)}
 
   return step
+
+
+def _classify(
+  weights: ConfigDict, module: ViT, params: Any, teacher: Any, batch: dict, mode: str, keeps: Any, streams: dict
+) -> tuple[Any, dict[str, jax.Array], jax.Array]:
+  """Output, terms of the loss and accuracy of images with labels."""
+  images = batch["image"]
+  target = batch["target"] if "target" in batch else jax.nn.one_hot(batch["label"], module.shape.num_classes)
+  output = module.apply({"params": params}, images, train=True, mode=mode, keeps=keeps, rngs=streams)
+  taught = None if teacher is None else without_sites(module).apply({"params": teacher}, images)
+  full = None
+  if weights.consistency or weights.full_cross_entropy or weights.full_distill:
+    full = _less_reduced(module, weights.less, params, images, streams["full"])
+  right = output.logits.argmax(-1) == target.argmax(-1)
+  return output, losses.terms(weights, module, output, target, taught, full), right.astype(jnp.float32).mean()
+
+
+def _answer(
+  weights: ConfigDict, module: VLM, params: Any, teacher: Any, batch: dict, mode: str, keeps: Any, streams: dict
+) -> tuple[Any, dict[str, jax.Array], jax.Array]:
+  """The same of conversations: the loss is on what is answered, the accuracy that of its tokens."""
+  inputs = {name: batch[name] for name in ("ids", "slot", "mask", "segment", "position") if name in batch}
+  inputs |= dict(images=batch["image"], last=evaluate.last_asked(batch["answer"]))
+  known = module.known_of(batch["ids"].shape, batch["slot"].shape) if mode == "gather" else None
+  kinds = dict(train=True, mode=mode, known=known, keeps=keeps, rngs=streams)
+  output = module.apply({"params": params}, **inputs, **kinds)
+  logits, answer = tokens.restore(output.logits, output.tokens.owner), batch["answer"] > 0
+  terms = {"cross_entropy": losses.answers(logits, batch["ids"], answer, weights.label_smoothing)}
+  if teacher is not None:
+    taught = without_sites(module).apply({"params": teacher}, **inputs, mode="mask")
+    taught = tokens.restore(taught.logits, taught.tokens.owner)
+    terms["distill_logits"] = losses.distill_logits(logits[:, :-1], taught[:, :-1], weights.temperature, answer[:, 1:])
+  right = logits[:, :-1].argmax(-1) == batch["ids"][:, 1:]
+  accuracy = losses.mean_of(right.astype(jnp.float32), answer[:, 1:])
+  return output, terms | losses.reports(weights, module, output), accuracy
 
 
 def _overlay(own: Any, teacher: Mapping[str, jax.Array], whole: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,80 @@
+"""A small vision-language model from nothing on easy-VQA, then the same with a tenth of its image tokens.
+
+  python train.py --config=configs/vlm_easy.py --workdir=runs/easy
+  python train.py --config=configs/vlm_easy.py:method=gumbel,seed=1 --workdir=runs/easy_gumbel --config.init=runs/easy
+
+Structural arguments: method (dense, a name of LEARNED, or one of configs/vlm_methods.py, fine-tuned), tokens (of an
+image's 64 that the language model reads), steps, seed.  Expected results stand in README.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import vlm_methods
+from tokred.config import arguments, default
+
+# What a method adds to a recipe: groups of the config, for k of n image tokens.
+FRESH = dict(multipliers=((r".*/reduce/.*|projector/.*", 5.0),))
+LEARNED: dict[str, Any] = {
+  "gumbel": lambda k, n: dict(
+    sites=dict(select=dict(reducer="gumbel", place="output", keep=k / n)),
+    loss=dict(keep_ratio=2.0, distill_logits=1.0),
+    optim=FRESH,
+  ),
+  "queries": lambda k, n: dict(projector=dict(name="queries", num_tokens=k), optim=FRESH),
+}
+
+
+def reduced(config: ConfigDict, method: str, keep: float) -> bool:
+  """Puts a method into a config of a VLM; whether there is one.
+
+  Args:
+    config: whose model, projector and llm are set.
+    method: dense, a name of LEARNED, or one of configs/vlm_methods.py.
+    keep: share of an image's tokens.
+  """
+  if method == "dense":
+    return False
+  m = config.model
+  if method in LEARNED:
+    patch = int(m.variant.rpartition("/")[2])
+    patches = (m.image_size[0] // patch) * (m.image_size[1] // patch)
+    own = LEARNED[method](round(keep * patches), patches)
+  else:
+    cls = m.pool == "cls" or m.class_token
+    own = dict(sites=vlm_methods.sites(method, keep, depth=m.depth, llm_depth=config.llm.depth, cls=cls))
+  config.sites = ConfigDict(own.pop("sites", {}))
+  for group, fields in own.items():
+    config[group].update(fields)
+  return True
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  args = arguments(arg, method="dense", tokens=6, steps=0, seed=0, runlocal=False)
+  config = default()
+  config.seed = args.seed
+  config.model.update(dict(name="vlm", variant="mu/8", width=64, depth=4, num_heads=2, image_size=(64, 64)))
+  config.model.update(dict(num_classes=0, pool="avg", position="sincos2d"))
+  config.llm.update(dict(vocab=64, width=64, depth=3, num_heads=2, mlp_dim=192, max_length=96, prompt=16))
+  config.text.update(dict(max_length=168, share=True))
+  config.data.update(dict(name="easy_vqa", pad_crop=6, flip=True))
+  config.train.update(
+    dict(batch_size=32, steps=args.steps or 4000, checkpoint_every=500, eval_every=1000, log_every=50)
+  )
+  config.optim.update(dict(lr=2e-3, warmup_steps=200, weight_decay=0.05))
+  config.eval.batch_size = 250
+  if reduced(config, args.method, args.tokens / 64):
+    config.train.steps = args.steps or 800
+    config.optim.update(dict(lr=5e-4, warmup_steps=50))
+    config.loss.distill_logits = 1.0
+    config.train.mode = "mask" if args.method in LEARNED else "gather"
+    config.text.share = all(site.get("stack", "encoder") == "encoder" for site in config.sites.values())
+    config.text.max_length = 168 if config.text.share else 88
+  if args.runlocal:
+    config.loss.distill_logits = 0.0  # there is no teacher
+    config.data.train_split, config.data.eval_split = "train[:64]", "test[:16]"
+    config.train.update(dict(steps=2, batch_size=8, log_every=1, checkpoint_every=2))
+    config.optim.warmup_steps = 1
+    config.eval.batch_size = 16
+  return config

@@ -1,0 +1,158 @@
+"""Vision-language models learn from conversations: two stages, adapters, reducers, a resumed run, a list of budgets."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from PIL import Image
+
+import tokred
+from tokred import sharding
+from tokred.budgets import judge
+from tokred.losses import answers
+from tokred.train.loop import train
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from configs import vlm_easy, vlm_llava, vlm_methods
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  real = sharding.make_mesh
+  monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: real(mesh, devices or jax.devices()[:1]))
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+  """Eight images in two colours, and who asks which; one conversation has no image."""
+  folder, rng = tmp_path_factory.mktemp("talks"), np.random.default_rng(0)
+  for split in ("train", "test"):
+    lines = []
+    for number in range(8):
+      red = number % 2
+      pixels = rng.integers(0, 60, (20, 24, 3), np.uint8)
+      pixels[..., 0] += np.uint8(180 * red)
+      Image.fromarray(pixels).save(folder / f"{split}{number}.png")
+      turns = ["<image>\nIs it red?", "yes" if red else "no", "Are you sure?", "I am"]
+      if number == 7:
+        turns = ["Who are you?", "a model"]
+      said = [dict(value=text, **{"from": "human" if i % 2 == 0 else "gpt"}) for i, text in enumerate(turns)]
+      lines.append(
+        json.dumps(dict(id=number, conversations=said) | (dict(image=f"{split}{number}.png") if number < 7 else {}))
+      )
+    (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+  return folder
+
+
+def recipe(talks, arguments="", **fields):
+  config = vlm_llava.get_config(",".join(filter(None, [arguments, "runlocal"])))
+  with config.unlocked():
+    config.data.data_dir = str(talks)
+    for name, value in fields.items():
+      group, _, field = name.partition("__")
+      config[group][field] = value
+  return config
+
+
+def parameters(path):
+  return {name: np.asarray(leaf) for name, leaf in flatten_dict(tokred.load(path).params, sep="/").items()}
+
+
+def test_two_stages(talks, tmp_path):
+  """Stage 1 moves the projector alone, stage 2 with adapters the kernels that have one, with a reducer on the way."""
+  drawn = tokred.build(recipe(talks)).init(0).params
+  drawn = {name: np.asarray(leaf) for name, leaf in flatten_dict(drawn, sep="/").items()}
+  first = train(recipe(talks), tmp_path / "1")
+  assert first["step"] == 2 and first["examples"] == 4 and 0 <= first["accuracy"] <= 1
+  one = parameters(tmp_path / "1")
+  moved = {name for name in one if not np.array_equal(one[name], drawn[name])}
+  assert moved and all(name.startswith("projector/") for name in moved)
+  init = f"init={tmp_path / '1'}"
+  second = train(recipe(talks, f"{init},stage=2,tune=lora,method=gumbel,keep=0.25"), tmp_path / "2")
+  assert second["gmacs"] < first["gmacs"]
+  lines = [json.loads(line) for line in (tmp_path / "2" / "metrics.jsonl").read_text().splitlines()]
+  assert all(lines[0][f"train/{term}"] >= 0 for term in ("cross_entropy", "distill_logits", "keep_ratio"))
+  two = parameters(tmp_path / "2")
+  moved = {name for name in one if not np.array_equal(two[name], one[name])}
+  assert any("attn/qkv" in name for name in moved) and any(name.startswith("projector/") for name in moved)
+  assert not any(name.startswith("tower/block") or "norm" in name for name in moved)
+  assert any("reduce" in name for name in two)
+  model = tokred.load(tmp_path / "2")
+  assert model.module.left() == 4 and model.mode == "gather"
+  ids = np.full((1, 20), 5, np.int32)
+  ids[:, 1:17] = 3
+  assert model(ids, np.zeros((1, 1, 16, 16, 3), np.float32)).shape == (1, 20, 512)
+  assert model.write(ids, np.zeros((1, 1, 16, 16, 3), np.float32), max_new_tokens=3).tokens.shape == (1, 3)
+
+
+def test_resuming_equals_not_stopping(talks, tmp_path):
+  fields = dict(train__checkpoint_every=1, optim__warmup_steps=0)
+  whole = train(recipe(talks, **fields), tmp_path / "whole")
+  for folder in (tmp_path / "whole" / "checkpoints").glob("1"):
+    (tmp_path / "half" / "checkpoints").mkdir(parents=True)
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "half" / "checkpoints" / "1")
+    shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "half" / "config.json")
+  again = train(recipe(talks, **fields), tmp_path / "half")
+  assert again["loss"] == whole["loss"]
+  for name, leaf in parameters(tmp_path / "half").items():
+    np.testing.assert_array_equal(leaf, parameters(tmp_path / "whole")[name])
+
+
+def test_a_list_of_budgets(talks):
+  model = tokred.build(recipe(talks)).init(0)
+  known = dict(depth=2, llm_depth=2, cls=True)
+  models = {"dense": model} | {
+    name: model.with_sites(vlm_methods.sites(name, 0.25, **known)) for name in ("fastervlm",)
+  }
+  found = judge(models, times=False)
+  assert found["dense"]["image_tokens"] == 16 and found["fastervlm"]["image_tokens"] == 4
+  assert found["fastervlm"]["gmacs"] < found["dense"]["gmacs"]
+  assert {"accuracy", "vqa_accuracy", "caption_loss", "examples"} <= found["dense"].keys()
+  assert found["dense"]["examples"] == 4 and found["dense"]["caption_loss"] > 0
+
+
+def test_loss_is_on_answers_alone():
+  """Two of three ids are answers; the model gives them e^2 / (e^2 + 1) and 1/2: -log of these, and the mean."""
+  logits = np.zeros((1, 3, 2), np.float32)
+  logits[0, 0, 1] = 2.0
+  got = answers(logits, np.array([[0, 1, 0]]), np.array([[False, True, True]]))
+  np.testing.assert_allclose(got, (np.log1p(np.exp(-2.0)) + np.log(2.0)) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["gumbel", "queries", "visionzip", "pdrop", "random"])
+def test_recipes_build(method):
+  config = vlm_easy.get_config(f"method={method}")
+  model = tokred.build(config)
+  dense = tokred.build(vlm_easy.get_config())
+  assert model.macs < dense.macs and (method == "pdrop" or model.module.left() in (6, 7))
+
+
+LLAVA = Path(__file__).resolve().parents[3] / "shared" / "golden" / "vlm" / "hf" / "llava_clip_llama"
+
+
+@pytest.mark.skipif(not LLAVA.is_dir(), reason=f"no golden data at {LLAVA}")
+def test_a_directory_of_llava_loads_and_learns(talks, tmp_path):
+  model = tokred.load(LLAVA)
+  with np.load(LLAVA / "io.npz") as recorded:
+    ids, pixels = recorded["input_ids"], recorded["pixel_values"]
+    wanted, mask = recorded["logits"], recorded["attention_mask"] > 0
+    written = recorded["gen_tokens"]
+  images = np.moveaxis(pixels, 1, -1)[:, None]
+  np.testing.assert_allclose(np.asarray(model(ids, images, mask))[mask], wanted[mask], atol=2e-4)
+  np.testing.assert_array_equal(model.write(ids, images, mask, 12).tokens, written)
+  less = tokred.load(LLAVA, sites=vlm_methods.sites("fastervlm", 0.25, depth=3, llm_depth=3, cls=True))
+  assert less.module.left() == 9 and less.macs < model.macs
+  config = recipe(talks, f"init={LLAVA}")
+  with config.unlocked():
+    config.text.max_length, config.text.tokenizer = 120, ""
+  summary = train(config, tmp_path / "run")
+  assert summary["step"] == 2
