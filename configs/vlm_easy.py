@@ -22,6 +22,8 @@ LEARNED: dict[str, Any] = {
     loss=dict(keep_ratio=2.0, distill_logits=1.0),
     optim=FRESH,
   ),
+  "stts": lambda k, n: dict(sites=dict(select=dict(reducer="stts", place="output", keep=k / n)), optim=FRESH),
+  "sit": lambda k, n: dict(sites=dict(slim=dict(reducer="sit", place="output", keep=k / n)), optim=FRESH),
   "queries": lambda k, n: dict(projector=dict(name="queries", num_tokens=k), optim=FRESH),
 }
 

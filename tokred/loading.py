@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def read(path: str | os.PathLike[str], target: Any = None, model: Any = None) ->
     path: as in `load`.
     target: the parameter tree that files of weights are fitted to; these stay in their files until `into` reads them.
     model: `config.model` of `target`, with which files of weights are compared.  Where both are given, positions, patch
-      kernel and head of a run directory or export are fitted as those of such files.
+      kernel and head of a run directory or export are fitted as those of such files, and a projector that is of another
+      kind than the target's is drawn anew.
 
   Raises:
     FileNotFoundError: nothing is there.
@@ -113,9 +115,19 @@ def read(path: str | os.PathLike[str], target: Any = None, model: Any = None) ->
     return params
   own = {name: pretrained.Lazy(a.shape, a.dtype, lambda a=a: a) for name, a in _flat(params).items()}
   if model.name == "vlm":
-    return traverse_util.unflatten_dict(own, sep="/")
+    return traverse_util.unflatten_dict(_projected(own, _flat(target), str(path)), sep="/")
   source = pretrained.Source(str(path), {}, {}, lambda heads: (), _grid(config.model), own=own)
   return traverse_util.unflatten_dict(source.arrays(target, _grid(model)), sep="/")
+
+
+def _projected(own: dict[str, Any], target: Mapping[str, Any], path: str) -> dict[str, Any]:
+  """Arrays of a VLM for one whose projector may be another: that is drawn anew then."""
+  parts = lambda names: {name for name in names if name.startswith("projector/")}  # noqa: E731
+  theirs, ours = parts(own), parts(target)
+  if theirs == ours:
+    return own
+  warnings.warn(f"{path} has another projector: ours is drawn anew", stacklevel=4)
+  return {name: array for name, array in own.items() if name not in theirs} | dict.fromkeys(ours, pretrained.ANEW)
 
 
 def _grid(model: Any) -> tuple[int, int]:

@@ -43,7 +43,7 @@ class ToFu(ToMe):
   def needed(self) -> tuple[str, ...]:
     if self.norm not in NORMS:
       raise ValueError(f"norm={self.norm!r} is not a way to rescale; {nearest(self.norm, NORMS)}")
-    return self.needs
+    return super().needed()
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     plan, report = super().plan(tokens, keep, train=train)

@@ -25,7 +25,7 @@ from tokred import checkpoint, evaluate, loading, lora, pretrained, sharding
 from tokred import data as tokred_data
 from tokred.config import complete
 from tokred.files import write_json
-from tokred.model import Model, freeze, init, without_sites
+from tokred.model import Model, freeze, init
 from tokred.train.alarms import Alarms
 from tokred.train.log import MetricLog
 from tokred.train.phase import Phase, check
@@ -251,8 +251,7 @@ def _teacher(phase: Phase) -> Any:
   if not any(c.loss[name] for name in ("distill_logits", "distill_tokens", "distill_tokens_kl", "recalibration")):
     return None
   path = c.teacher or c.init
-  dense = without_sites(phase.module)
-  target = jax.eval_shape(lambda: init(dense, c.seed))
+  target = jax.eval_shape(lambda: init(phase.teacher, c.seed))
   places = sharding.spread(target, phase.mesh)
   target = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), target, places)
   with warnings.catch_warnings():

@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from tokred import lora, losses, sharding
+from tokred import loading, lora, losses, sharding
 from tokred import sites as tokred_sites
 from tokred.config import nearest
-from tokred.model import build, init
+from tokred.model import build, init, without_sites
+from tokred.nn import projectors
 from tokred.nn.vit import ViT
+from tokred.nn.vlm import VLM
 from tokred.train import optim
 from tokred.train.step import State, init_state, make_step
 
@@ -64,8 +66,12 @@ class Phase:
     self.target = sharding.abstract_sharded(self.new_state, params, mesh=mesh, rules=self.rules)
     # The state comes out as it went in: else XLA chooses, and a run that is resumed would not be the same program.
     out = (self.shardings, NamedSharding(mesh, PartitionSpec()))
-    places = dict(zip(names, jax.tree.leaves(self.shardings["params"]), strict=True))
-    step = make_step(config, self.module, self.optimizer, self.mode, never, places)
+    taught = jax.eval_shape(lambda: init(self.teacher, config.seed))
+    places = {
+      sharding.path_name(path): place
+      for path, place in jax.tree_util.tree_leaves_with_path(sharding.shardings(taught, mesh, self.rules))
+    }
+    step = make_step(config, self.module, self.teacher, self.optimizer, self.mode, never, places)
     self.step = functools.partial(
       jax.jit(step, donate_argnums=0, out_shardings=out), seed=np.uint32(config.seed % 2**32)
     )
@@ -75,8 +81,18 @@ class Phase:
     return self.model.config
 
   @property
-  def module(self) -> ViT:
+  def module(self) -> ViT | VLM:
     return self.model.module
+
+  @functools.cached_property
+  def teacher(self) -> ViT | VLM:
+    """The dense student, with the projector that the teacher's files have."""
+    c, dense = self.config, without_sites(self.module)
+    path = c.teacher or c.init
+    if not isinstance(dense, VLM) or not path:
+      return dense
+    saved = loading.read_config(path).projector
+    return dense.clone(projector=projectors.projector(saved.name, FrozenConfigDict(saved), dense.llm.shape.width))
 
   @property
   def shardings(self) -> State:

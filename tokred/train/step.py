@@ -1,6 +1,7 @@
 """One optimiser step: a pure function of state and batch, and the state it acts on."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,13 +29,15 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, ema: float)
 
 
 def make_step(
-  config: ConfigDict, module: ViT, optimizer: optax.GradientTransformation, mode: str, frozen: Any, whole: Any
-) -> Any:
+  config: ConfigDict, module: ViT | VLM, dense: ViT | VLM, optimizer: optax.GradientTransformation, mode: str,
+  frozen: Any, whole: Any,
+) -> Any:  # fmt: skip
   """The training step, to be jitted with a donated state.
 
   Args:
     config: the whole config; read are `loss`, `lora`, `train.accumulate` and `optim.ema`.
     module: the student.
+    dense: the teacher.
     optimizer: of `tokred.train.optim.make_optimizer`.
     mode: "mask" or "gather".
     frozen: tree of bool as the parameters, of `tokred.train.optim.frozen`: no gradient of these is computed.
@@ -52,7 +55,7 @@ def make_step(
     own = jax.tree.map(lambda leaf, fixed: jax.lax.stop_gradient(leaf) if fixed else leaf, own, frozen)
     params = lora.merge(own, config.lora.alpha)
     streams = dict(zip(("dropout", "reduce", "full"), jax.random.split(rng, 3), strict=True))
-    taught = None if teacher is None else _overlay(own, teacher, whole)
+    taught = None if teacher is None else functools.partial(dense.apply, {"params": _overlay(own, teacher, whole)})
     output, terms, accuracy = look(weights, module, params, taught, batch, mode, keeps, streams)
     counts = {f"counts/{name}": count for name, count in counts_by_site(module, output.aux).items()}
     metrics = terms | {"accuracy": accuracy} | counts | overlaps(module, output)
@@ -75,13 +78,14 @@ def make_step(
 
 
 def _classify(
-  weights: ConfigDict, module: ViT, params: Any, teacher: Any, batch: dict, mode: str, keeps: Any, streams: dict
-) -> tuple[Any, dict[str, jax.Array], jax.Array]:
+  weights: ConfigDict, module: ViT, params: Any, teacher: Callable | None, batch: dict, mode: str, keeps: Any,
+  streams: dict,
+) -> tuple[Any, dict[str, jax.Array], jax.Array]:  # fmt: skip
   """Output, terms of the loss and accuracy of images with labels."""
   images = batch["image"]
   target = batch["target"] if "target" in batch else jax.nn.one_hot(batch["label"], module.shape.num_classes)
   output = module.apply({"params": params}, images, train=True, mode=mode, keeps=keeps, rngs=streams)
-  taught = None if teacher is None else without_sites(module).apply({"params": teacher}, images)
+  taught = None if teacher is None else teacher(images)
   full = None
   if weights.consistency or weights.full_cross_entropy or weights.full_distill:
     full = _less_reduced(module, weights.less, params, images, streams["full"])
@@ -90,8 +94,9 @@ def _classify(
 
 
 def _answer(
-  weights: ConfigDict, module: VLM, params: Any, teacher: Any, batch: dict, mode: str, keeps: Any, streams: dict
-) -> tuple[Any, dict[str, jax.Array], jax.Array]:
+  weights: ConfigDict, module: VLM, params: Any, teacher: Callable | None, batch: dict, mode: str, keeps: Any,
+  streams: dict,
+) -> tuple[Any, dict[str, jax.Array], jax.Array]:  # fmt: skip
   """The same of conversations: the loss is on what is answered, the accuracy that of its tokens."""
   inputs = {name: batch[name] for name in ("ids", "slot", "mask", "segment", "position") if name in batch}
   inputs |= dict(images=batch["image"], last=evaluate.last_asked(batch["answer"]))
@@ -101,7 +106,7 @@ def _answer(
   logits, answer = tokens.restore(output.logits, output.tokens.owner), batch["answer"] > 0
   terms = {"cross_entropy": losses.answers(logits, batch["ids"], answer, weights.label_smoothing)}
   if teacher is not None:
-    taught = without_sites(module).apply({"params": teacher}, **inputs, mode="mask")
+    taught = teacher(**inputs, mode="mask")
     taught = tokens.restore(taught.logits, taught.tokens.owner)
     terms["distill_logits"] = losses.distill_logits(logits[:, :-1], taught[:, :-1], weights.temperature, answer[:, 1:])
   right = logits[:, :-1].argmax(-1) == batch["ids"][:, 1:]
