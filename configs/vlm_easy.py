@@ -14,17 +14,40 @@ from ml_collections import ConfigDict
 from configs import vlm_methods
 from tokred.config import arguments, default
 
-# What a method adds to a recipe: groups of the config, for k of n image tokens.
+# What a method adds to a recipe: groups of the config, for k of n image tokens, a tower and a language model so deep.
 FRESH = dict(multipliers=((r".*/reduce/.*|projector/.*", 5.0),))
+MASK, GATHER = dict(mode="mask"), dict(mode="gather")
 LEARNED: dict[str, Any] = {
-  "gumbel": lambda k, n: dict(
+  "gumbel": lambda k, n, *_: dict(
     sites=dict(select=dict(reducer="gumbel", place="output", keep=k / n)),
-    loss=dict(keep_ratio=2.0, distill_logits=1.0),
+    loss=dict(keep_ratio=2.0),
     optim=FRESH,
+    train=MASK,
   ),
-  "stts": lambda k, n: dict(sites=dict(select=dict(reducer="stts", place="output", keep=k / n)), optim=FRESH),
-  "sit": lambda k, n: dict(sites=dict(slim=dict(reducer="sit", place="output", keep=k / n)), optim=FRESH),
-  "queries": lambda k, n: dict(projector=dict(name="queries", num_tokens=k), optim=FRESH),
+  "stts": lambda k, n, *_: dict(
+    sites=dict(select=dict(reducer="stts", place="output", keep=k / n)), optim=FRESH, train=MASK
+  ),
+  "sit": lambda k, n, *_: dict(
+    sites=dict(slim=dict(reducer="sit", place="output", keep=k / n)), optim=FRESH, train=GATHER
+  ),
+  "queries": lambda k, n, *_: dict(projector=dict(name="queries", num_tokens=k), optim=FRESH, train=GATHER),
+  # Rates of tower and language model under one budget: the share of the dense multiply-adds.
+  "rates": lambda k, n, depth, read: dict(
+    sites=dict(
+      tower=dict(reducer="tome", layers=tuple(range(1, depth)), rate="learned", granularity=4),
+      llm=dict(
+        stack="llm",
+        reducer="topk",
+        score="last_attention_ahead",
+        layers=tuple(range(1, read)),
+        place="before",
+        rate="learned",
+      ),
+    ),
+    loss=dict(budget=20.0, target=0.5),
+    optim=dict(multipliers=((r".*/rate/.*", 100.0),)),
+    train=MASK,
+  ),
 }
 
 
@@ -42,10 +65,11 @@ def reduced(config: ConfigDict, method: str, keep: float) -> bool:
   if method in LEARNED:
     patch = int(m.variant.rpartition("/")[2])
     patches = (m.image_size[0] // patch) * (m.image_size[1] // patch)
-    own = LEARNED[method](round(keep * patches), patches)
+    own = LEARNED[method](round(keep * patches), patches, m.depth, config.llm.depth)
   else:
     cls = m.pool == "cls" or m.class_token
-    own = dict(sites=vlm_methods.sites(method, keep, depth=m.depth, llm_depth=config.llm.depth, cls=cls))
+    sites = vlm_methods.sites(method, keep, depth=m.depth, llm_depth=config.llm.depth, cls=cls)
+    own = dict(sites=sites, train=GATHER)
   config.sites = ConfigDict(own.pop("sites", {}))
   for group, fields in own.items():
     config[group].update(fields)
@@ -67,10 +91,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.optim.update(dict(lr=2e-3, warmup_steps=200, weight_decay=0.05))
   config.eval.batch_size = 250
   if reduced(config, args.method, args.tokens / 64):
-    config.train.steps = args.steps or 800
+    config.train.steps = args.steps or 500
+    if args.method == "rates":
+      config.rates.freeze_step = config.train.steps // 2
     config.optim.update(dict(lr=5e-4, warmup_steps=50))
     config.loss.distill_logits = 1.0
-    config.train.mode = "mask" if args.method in LEARNED else "gather"
     config.text.share = all(site.get("stack", "encoder") == "encoder" for site in config.sites.values())
     config.text.max_length = 168 if config.text.share else 88
   if args.runlocal:

@@ -12,17 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from tokred.tokens import Array, Tokens, straight_through
+from tokred.tokens import Array, Tokens, of_prompt, straight_through
 
 RATES = ("fixed", "scheduled", "learned", "threshold", "learned_threshold")
 LEARNED = ("learned", "learned_threshold")
-APPENDED = "state/appended"  # (B, N) bool feature: behind the prompt, so that it must decide for itself
-
-
-def of_prompt(tokens: Tokens) -> Array:
-  """(B, N) bool: alive, and not appended behind the prompt of a language model."""
-  appended = tokens.feats.get(APPENDED)
-  return tokens.alive if appended is None else tokens.alive & ~appended
 
 
 def tome_schedule(r: int | float | Sequence[float], depth: int) -> list[int]:

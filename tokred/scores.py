@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokred.tokens import Array, Tokens, take
+from tokred.tokens import Array, Tokens, of_prompt, take
 
 MEMORY, RATER = "state/memory", "state/rater"  # features that `remember` writes
 PAGERANK = (1, 5, 10, 30, 50)  # rounds of votes after which attention reports `pagerank_<rounds>`; 30 have converged
@@ -95,7 +95,7 @@ def text_attention(tokens: Tokens) -> Array:
 
   (Zhang et al., 2024, SparseVLM)
   """
-  text = tokens.protected
+  text = of_prompt(tokens) & tokens.protected
   if RATER in tokens.feats:
     text = text & (tokens.feats[RATER] > 0)
   return attention_from(tokens, text, jnp.ones_like(text))
@@ -107,7 +107,7 @@ def rater(tokens: Tokens) -> Array:
   r_t = mean over visual i of softmax_t(x_i . x_t);  t rates if r_t is above the mean.  (Zhang et al., 2024, SparseVLM;
   the paper's inner products, which are not cosines)
   """
-  text, free = tokens.alive & tokens.protected, tokens.alive & ~tokens.protected
+  text, free = of_prompt(tokens) & tokens.protected, tokens.alive & ~tokens.protected
   x = jnp.where(tokens.alive[..., None], jax.lax.stop_gradient(tokens.x), 0).astype(jnp.float32)
   logits = jnp.where(text[:, None], jnp.einsum("bid,btd->bit", x, x, precision="highest"), jnp.finfo(jnp.float32).min)
   share = jnp.where(free[..., None], jax.nn.softmax(logits), 0.0).sum(1) / jnp.maximum(free.sum(1), 1)[:, None]

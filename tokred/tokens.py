@@ -51,6 +51,15 @@ class Plan:
   weight: Array | None = None  # (B, N) float32; coefficient of i in its owner's value; None: owners keep their value
 
 
+APPENDED = "state/appended"  # (B, N) bool feature: behind the prompt, so that it must decide for itself
+
+
+def of_prompt(tokens: Tokens) -> Array:
+  """(B, N) bool: alive, and not appended behind the prompt of a language model."""
+  appended = tokens.feats.get(APPENDED)
+  return tokens.alive if appended is None else tokens.alive & ~appended
+
+
 def start(x: Array, num_prefix_tokens: int = 0, position: Array | None = None) -> Tokens:
   """Tokens of a sequence that nothing has reduced yet.
 

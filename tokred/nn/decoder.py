@@ -25,9 +25,8 @@ from tokred.nn.budget import Census
 from tokred.nn.cache import Cache, filled
 from tokred.nn.decoder_layer import SEGMENT, Block, Past, Shape
 from tokred.nn.decoder_scope import INDEX, SharedRouter
-from tokred.rates import APPENDED
 from tokred.reducers.atp import VISUAL
-from tokred.tokens import Array, Tokens
+from tokred.tokens import APPENDED, Array, Tokens
 
 DTYPES = ("float32", "bfloat16")
 

@@ -18,9 +18,8 @@ from tokred.nn.cache import Cache
 from tokred.nn.decoder_scope import INDEX, ROUTE, Scope, SharedRouter, enter, gated, one_more
 from tokred.nn.received import FEATURES
 from tokred.nn.rope import Rope, rotate
-from tokred.rates import of_prompt
 from tokred.sites import Reduce
-from tokred.tokens import Array, Tokens
+from tokred.tokens import Array, Tokens, of_prompt
 
 SEGMENT = "state/segment"  # which of the texts that share a row
 

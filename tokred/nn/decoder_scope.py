@@ -10,8 +10,8 @@ from flax import struct
 from tokred import tokens as tk
 from tokred.layout import Spot
 from tokred.nn import attention
-from tokred.rates import APPENDED, Rows, Threshold
-from tokred.tokens import Array, Tokens
+from tokred.rates import Rows, Threshold
+from tokred.tokens import APPENDED, Array, Tokens
 
 INDEX = "state/index"  # a token's place in its row's sequence
 ROUTE = "route_ahead"  # what the shared router says of each token

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokred.rates import of_prompt
 from tokred.reducers.base import Reducer, register
-from tokred.tokens import Array, Tokens, straight_through
+from tokred.tokens import Array, Tokens, of_prompt, straight_through
 
 
 @register("attention_gate")

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokred.rates import of_prompt
 from tokred.reducers.base import Planner, keep_top, register
-from tokred.tokens import Array, Plan, Tokens, straight_through
+from tokred.tokens import Array, Plan, Tokens, of_prompt, straight_through
 
 
 class Layers(nn.Module):

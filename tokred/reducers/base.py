@@ -9,8 +9,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tokred.config import nearest
-from tokred.rates import APPENDED, LearnedThreshold, Rows, Threshold, of_prompt, soft_threshold
-from tokred.tokens import Array, Plan, Tokens, average_weight, compact, fold, inverse, rank, straight_through
+from tokred.rates import LearnedThreshold, Rows, Threshold, soft_threshold
+from tokred.tokens import (
+  APPENDED,
+  Array,
+  Plan,
+  Tokens,
+  average_weight,
+  compact,
+  fold,
+  inverse,
+  of_prompt,
+  rank,
+  straight_through,
+)
 
 REGISTRY: dict[str, type["Reducer"]] = {}
 
@@ -212,7 +224,7 @@ def route(tokens: Tokens, score: Array, keep: Any, threshold: float) -> Plan:
   """`keep_top` among a prompt; what a language model appends to it decides for itself, by score >= threshold.
 
   Args:
-    tokens: N tokens; without the feature `rates.APPENDED` all are of the prompt.
+    tokens: N tokens; without the feature `tokens.APPENDED` all are of the prompt.
     score: (B, N).
     keep: how many of the prompt stay, the protected counted.
     threshold: of what is appended; the protected stay in any case.

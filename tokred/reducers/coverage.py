@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tokred.config import nearest
-from tokred.reducers.base import Planner, keep_top, register
+from tokred.reducers.base import Planner, keep_top, parts, register
 from tokred.reducers.diversity import compared, cosines, valid_metric
 from tokred.reducers.tome import unit
 from tokred.scores import SCORES
@@ -105,7 +105,7 @@ class MMTok(Cover):
 
     C = [softmax_j(cos(t_i, x_j) / text_temperature) / m;  alpha softmax_j(cos(z_i, z_j) / temperature) / n]
 
-  (Dong et al., 2025, arXiv:2508.18264)  Words are the protected tokens; z are the tower's features, if
+  (Dong et al., 2025, arXiv:2508.18264)  Words are the protected tokens of the prompt; z are the tower's features, if
   feats["state/image"] has them, and x otherwise.
   """
 
@@ -115,7 +115,7 @@ class MMTok(Cover):
   raster: bool = True
 
   def cover(self, tokens: Tokens) -> tuple[Array, Array | float]:
-    free, text = tokens.alive & ~tokens.protected, tokens.alive & tokens.protected
+    text, free = parts(tokens)
     x = unit(jax.lax.stop_gradient(tokens.x), tokens.alive)
     z = unit(jax.lax.stop_gradient(tokens.feats[IMAGE]), tokens.alive) if IMAGE in tokens.feats else x
 

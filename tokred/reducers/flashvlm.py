@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tokred.config import nearest
-from tokred.reducers.base import Planner, keep_top, num_kept, ranks, register
+from tokred.reducers.base import Planner, keep_top, num_kept, parts, ranks, register
 from tokred.reducers.diversity import cosines, farthest_first
 from tokred.reducers.tome import unit
 from tokred.scores import SCORES
@@ -63,14 +63,14 @@ class FlashVLM(Planner):
     return 2 * n * n * width
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
-    free, text = tokens.alive & ~tokens.protected, tokens.alive & tokens.protected
+    text, free = parts(tokens)
     z = unit(jax.lax.stop_gradient(tokens.x), tokens.alive)
     asked = jnp.where(text[:, None], cosines(z), -1.0).max(-1)
     score = sharpened(asked, free, self.temperature)
     if self.score:
       shown = sharpened(jax.lax.stop_gradient(SCORES[self.score][0](tokens)), free, self.temperature)
       score = self.relevance * score + (1.0 - self.relevance) * shown
-    safe = text.sum(1, keepdims=True, dtype=jnp.int32)
+    safe = (tokens.alive & tokens.protected).sum(1, keepdims=True, dtype=jnp.int32)
     count = num_kept(tokens, keep) - safe
     few = jnp.floor(self.diverse * count + 1e-4).astype(jnp.int32)
     place = ranks(tokens, score) - safe

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tokred.rates import APPENDED
 from tokred.reducers.base import Planner, keep_top, register, route
-from tokred.tokens import Array, Plan, Tokens
+from tokred.tokens import APPENDED, Array, Plan, Tokens
 
 
 @register("gamma_mod")

@@ -9,9 +9,8 @@ import optax
 from flax import linen as nn
 
 from tokred.config import nearest
-from tokred.rates import of_prompt
 from tokred.reducers.base import Planner, decided, keep_top, num_kept, register, route
-from tokred.tokens import Array, Plan, Tokens, inverse, rank, take
+from tokred.tokens import Array, Plan, Tokens, inverse, of_prompt, rank, take
 
 GATES = {
   "double_sigmoid": lambda r: 2 * jax.nn.sigmoid(r),  # 1 at the start: a pretrained block is unchanged
