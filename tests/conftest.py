@@ -17,10 +17,10 @@ SLOW = (
   "test_llm_sites", "test_loading", "test_loop", "test_mctf", "test_notebook", "test_pairs", "test_readme",
   "test_recover", "test_routing", "test_spa",
   "test_sweep", "test_two_processes",
-  "test_anyres", "test_arank", "test_bench_vlm", "test_conversations", "test_export_vlm", "test_learned_cuts",
+  "test_anyres", "test_arank", "test_bench_vlm", "test_conversations", "test_every_reducer", "test_export_vlm", "test_learned_cuts",
   "test_learned_shares", "test_merging", "test_methods", "test_projectors", "test_qwen", "test_recorded",
   "test_recorded_routers", "test_routers", "test_scoring", "test_segments", "test_selection", "test_training",
-  "test_video", "test_vlm_reduce",
+  "test_video", "test_vlm", "test_vlm_reduce",
 )  # fmt: skip
 
 # The longest files first: a worker takes a file at a time, and the last one should not wait for a long one.

@@ -65,16 +65,23 @@ def parameters(path):
   return {name: np.asarray(leaf) for name, leaf in flatten_dict(tokred.load(path).params, sep="/").items()}
 
 
-def test_two_stages(talks, tmp_path):
+@pytest.fixture(scope="module")
+def stage_1(talks, tmp_path_factory):
+  """A run of the first stage, and its summary."""
+  folder = tmp_path_factory.mktemp("stage_1")
+  return folder, train(recipe(talks), folder)
+
+
+def test_two_stages(talks, stage_1, tmp_path):
   """Stage 1 moves the projector alone, stage 2 with adapters the kernels that have one, with a reducer on the way."""
   drawn = tokred.build(recipe(talks)).init(0).params
   drawn = {name: np.asarray(leaf) for name, leaf in flatten_dict(drawn, sep="/").items()}
-  first = train(recipe(talks), tmp_path / "1")
+  folder, first = stage_1
   assert first["step"] == 2 and first["examples"] == 4 and 0 <= first["accuracy"] <= 1
-  one = parameters(tmp_path / "1")
+  one = parameters(folder)
   moved = {name for name in one if not np.array_equal(one[name], drawn[name])}
   assert moved and all(name.startswith("projector/") for name in moved)
-  init = f"init={tmp_path / '1'}"
+  init = f"init={folder}"
   second = train(recipe(talks, f"{init},stage=2,tune=lora,method=gumbel,keep=0.25"), tmp_path / "2")
   assert second["gmacs"] < first["gmacs"]
   lines = [json.loads(line) for line in (tmp_path / "2" / "metrics.jsonl").read_text().splitlines()]
@@ -92,6 +99,20 @@ def test_two_stages(talks, tmp_path):
   assert model.write(ids, np.zeros((1, 1, 16, 16, 3), np.float32), max_new_tokens=3).tokens.shape == (1, 3)
 
 
+def test_another_projector_is_drawn_anew_and_the_teacher_keeps_its_own(talks, stage_1, tmp_path):
+  folder, first = stage_1
+  config = recipe(talks, f"init={folder},method=queries,keep=0.25", train__steps=1, optim__warmup_steps=0)
+  assert config.loss.distill_logits
+  with pytest.warns(UserWarning, match="has another projector: ours is drawn anew"):
+    second = train(config, tmp_path)
+  assert second["gmacs"] < first["gmacs"]
+  (line,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert line["train/distill_logits"] > 0
+  one, two = parameters(folder), parameters(tmp_path)
+  assert two["projector/queries"].shape == (4, 32) and "projector/fc1/kernel" not in two
+  np.testing.assert_array_equal(one["llm/embed/embedding"], two["llm/embed/embedding"])
+
+
 def test_resuming_equals_not_stopping(talks, tmp_path):
   fields = dict(train__checkpoint_every=1, optim__warmup_steps=0)
   whole = train(recipe(talks, **fields), tmp_path / "whole")
@@ -105,6 +126,23 @@ def test_resuming_equals_not_stopping(talks, tmp_path):
   assert again["loss"] == whole["loss"]
   for name, leaf in parameters(tmp_path / "half").items():
     np.testing.assert_array_equal(leaf, parameters(tmp_path / "whole")[name])
+
+
+def test_rates_of_tower_and_language_model_learn_under_one_budget(talks, tmp_path):
+  """Both stacks give tokens away, and the frozen model costs what was asked."""
+  fields = dict(
+    train__steps=60, train__checkpoint_every=60, optim__lr=1e-2, optim__warmup_steps=0, rates__freeze_step=58,
+    loss__target=0.85, loss__distill_logits=0.0,
+  )  # fmt: skip
+  config = recipe(talks, "stage=2,tune=full,method=rates", **fields)
+  assert {spot.rate for spot in tokred.build(config).module.spots} == {"learned"}
+  train(config, tmp_path)
+  model = tokred.load(tmp_path)
+  tower, llm = model.module.tower.sites.counts(), [spot.budget for spot in model.module.llm.sites.spots]
+  assert tower[-1] < 17 and all(0 < share < 1 for share in llm)
+  assert not any("rate" in name.split("/") for name in parameters(tmp_path))
+  dense = model.with_sites({})
+  assert model.macs / dense.macs == pytest.approx(0.85, abs=0.03)
 
 
 def test_a_list_of_budgets(talks):
