@@ -1,7 +1,7 @@
 """A small vision-language model from nothing on easy-VQA, then the same with a tenth of its image tokens.
 
   python train.py --config=configs/vlm_easy.py --workdir=runs/easy
-  python train.py --config=configs/vlm_easy.py:method=gumbel,seed=1 --workdir=runs/easy_gumbel --config.init=runs/easy
+  python train.py --config=configs/vlm_easy.py:method=sit,seed=1 --workdir=runs/easy_sit --config.init=runs/easy
 
 Structural arguments: method (dense, a name of LEARNED, or one of configs/vlm_methods.py, fine-tuned), tokens (of an
 image's 64 that the language model reads), steps, seed.  Expected results stand in README.
@@ -91,7 +91,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.optim.update(dict(lr=2e-3, warmup_steps=200, weight_decay=0.05))
   config.eval.batch_size = 250
   if reduced(config, args.method, args.tokens / 64):
-    config.train.steps = args.steps or 500
+    config.train.steps = args.steps or 1000
     if args.method == "rates":
       config.rates.freeze_step = config.train.steps // 2
     config.optim.update(dict(lr=5e-4, warmup_steps=50))

@@ -21,7 +21,7 @@ import numpy as np
 from tokred import cost
 from tokred.bench import Timing, interleave
 from tokred.model import Reader, freeze
-from tokred.nn import vlm
+from tokred.nn import placeholders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _functions(
   words = rng.integers(0, module.llm.shape.vocab - 1, (batch, text))
   words += words >= module.image_token  # any word but the placeholder
   ids = np.concatenate([np.full((batch, patches), module.image_token), words], axis=1).astype(np.int32)
-  slot = vlm.slots(ids, module.image_token, 1, patches)
+  slot = placeholders.slots(ids, module.image_token, 1, patches)
   images = rng.standard_normal((batch, 1, *model.config.model.image_size, s.channels), dtype=np.float32)
   known = module.known(ids, slot)
   ids, slot, images = jax.device_put((ids, slot, images))

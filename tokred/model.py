@@ -15,7 +15,7 @@ from tokred import cost, rates
 from tokred import tokens as tk
 from tokred.config import complete, nearest
 from tokred.layout import Spot, walk
-from tokred.nn import generate, vit, vlm
+from tokred.nn import generate, placeholders, vit, vlm
 from tokred.tokens import Array
 
 
@@ -153,7 +153,9 @@ class Reader(Model):
         f"ids of shape {ids.shape} from {ids.min(initial=0)} to {ids.max(initial=0)}; valid: ({len(images)}, tokens), "
         f"from 0 to {self.config.llm.vocab - 1}"
       )
-    slot = vlm.slots(ids, token, np.shape(images)[1], s.grid[0] * s.grid[1]) if slot is None else np.asarray(slot)
+    slot = (
+      placeholders.slots(ids, token, np.shape(images)[1], s.grid[0] * s.grid[1]) if slot is None else np.asarray(slot)
+    )
     return ids, images, slot
 
 

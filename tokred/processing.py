@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tokred.data import images as pictures
-from tokred.nn import anyres, vlm
+from tokred.nn import anyres, placeholders
 from tokred.pretrained.preprocessing import CLIP, FILES, HALF, preprocessing
 from tokred.pretrained.vlm import Files, open_vlm
 
@@ -69,7 +69,7 @@ class Processor:
     line, mask = self._filled(ids, [[patches] * len(row) for row in images], pad)
     stack = stacked(made, size)
     return dict(
-      ids=line, images=stack, slot=vlm.slots(line, self.files.image_token, stack.shape[1], patches), mask=mask
+      ids=line, images=stack, slot=placeholders.slots(line, self.files.image_token, stack.shape[1], patches), mask=mask
     )
 
   def _llava_next(self, ids: Any, images: Any, pad: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from golden import quick
 
 from configs import vlm_methods
 from tokred import config as defaults
-from tokred.nn import vlm
+from tokred.nn import placeholders, vlm
 
 TOWER = dict(variant="mu/4", width=16, depth=4, num_heads=2, mlp_dim=32, image_size=(24, 24), num_classes=0)
 LLM = dict(vocab=20, width=16, depth=3, num_heads=2, mlp_dim=24, max_length=64, image_token=19)
@@ -31,7 +31,7 @@ def answer(module, mode):
   """Logits of the last token of two prompts with a picture, and tokens of the prompts in the last layer."""
   ids = np.array([[1, 2, *[19] * 36, 3, 4], [5, 6, *[19] * 36, 7, 8]], np.int32)
   images = np.random.default_rng(0).normal(size=(2, 1, 24, 24, 3)).astype(np.float32)
-  slot = vlm.slots(ids, 19, 1, 36)
+  slot = placeholders.slots(ids, 19, 1, 36)
   known = module.known(ids, slot)
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), ids, images, slot=slot, known=known))["params"]
   rng = np.random.default_rng(1)

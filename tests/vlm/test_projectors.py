@@ -10,7 +10,7 @@ import pytest
 
 from tokred import tokens as tk
 from tokred.model import build
-from tokred.nn import projectors, resampling, vlm
+from tokred.nn import placeholders, projectors, resampling
 from tokred.nn.projectors import projector
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "vlm" / "fn" / "tokenpacker.npz"
@@ -259,7 +259,10 @@ def test_in_a_model(name):
     projector=dict(name=name) | fields, llm=dict(vocab=40, width=32, depth=1, num_heads=4, mlp_dim=48),
   )  # fmt: skip
   model = build(config)
-  images, slot = np.random.default_rng(0).normal(size=(2, 1, 16, 16, 3)).astype(np.float32), vlm.slots(IDS, 3, 1, 16)
+  images, slot = (
+    np.random.default_rng(0).normal(size=(2, 1, 16, 16, 3)).astype(np.float32),
+    placeholders.slots(IDS, 3, 1, 16),
+  )
   known = model.module.known(IDS, slot, IDS > 0)
   shapes = jax.eval_shape(lambda: model.init(0).params)
   rng = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import pytest
 
 from tokred import vqa
 from tokred.config import complete
-from tokred.nn import vlm
+from tokred.nn import placeholders, vlm
 
 IMAGE, EOS = 3, 2
 MODEL = dict(name="vlm", variant="mu/4", image_size=(8, 8), num_classes=0, depth=1)
@@ -35,7 +35,7 @@ def batch():
     ids[row, : len(line)], answer[row, said] = line, True
   mask = np.arange(14) < np.array([len(line) for line in lines])[:, None]
   image = np.random.default_rng(0).normal(size=(3, 1, 8, 8, 3)).astype(np.float32)
-  slot = vlm.slots(np.where(mask, ids, 0), IMAGE, 1, 4)
+  slot = placeholders.slots(np.where(mask, ids, 0), IMAGE, 1, 4)
   valid = np.array([True, True, False])
   return dict(
     ids=ids, answer=answer, mask=mask, image=image, slot=slot, valid=valid, label=np.array([0, 2, -1]),

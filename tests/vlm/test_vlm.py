@@ -8,7 +8,7 @@ import pytest
 
 from tokred import tokens as tk
 from tokred.config import complete
-from tokred.nn import vlm
+from tokred.nn import placeholders, vlm
 
 IMAGE = 3
 MODEL = dict(name="vlm", variant="mu/4", image_size=(16, 16), num_classes=0, depth=2)
@@ -51,7 +51,7 @@ def batch():
   for row, (line, start) in enumerate(zip(rows, (21, 0), strict=True)):
     ids[row, start : start + len(line)], mask[row, start : start + len(line)] = line, True
   images = rng.normal(size=(2, 2, 16, 16, 3)).astype(np.float32)
-  return ids, images, vlm.slots(ids, IMAGE, 2, 16), mask
+  return ids, images, placeholders.slots(ids, IMAGE, 2, 16), mask
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -79,12 +79,12 @@ def test_masked_is_gathered_alone_is_together_and_decoding_is_recomputing(name):
   for row in (0, 1):
     own = mask[row]
     lone = dict(ids=ids[row : row + 1, own], images=images[row : row + 1])
-    lone["slot"] = vlm.slots(lone["ids"], IMAGE, 2, 16)
+    lone["slot"] = placeholders.slots(lone["ids"], IMAGE, 2, 16)
     one, _ = forward(module, params, module.known(lone["ids"], lone["slot"]), **lone)
     np.testing.assert_allclose(np.asarray(logits)[row, text[row]], np.asarray(one)[0, text[row][own]], atol=1e-4)
   got = vlm.write(module, params, ids, images, slot, mask, 4)
   line = np.concatenate([ids[1, mask[1]], got.tokens[1, :3]])[None]
-  again, slot = vlm.slots(line, IMAGE, 2, 16), None
+  again, slot = placeholders.slots(line, IMAGE, 2, 16), None
   last = np.array([int(mask[1].sum()) - 1])  # of the prompt
   whole, _ = forward(module, params, module.known(line, again), ids=line, images=images[1:], slot=again, last=last)
   np.testing.assert_array_equal(np.asarray(whole)[0, -4:].argmax(-1), got.tokens[1])
@@ -109,4 +109,4 @@ def test_placeholders_must_fit():
     fewer[0, 22] = 1
     module.known(fewer, slot, mask)
   with pytest.raises(ValueError, match=r"row 1 has 31 placeholders \(id 3\); valid: 16 for each of up to 2 images"):
-    vlm.slots(np.where(np.arange(40) == 1, 1, ids), IMAGE, 2, 16)
+    placeholders.slots(np.where(np.arange(40) == 1, 1, ids), IMAGE, 2, 16)

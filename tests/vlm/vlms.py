@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tokred import tokens as tk
-from tokred.nn import anyres, vlm
+from tokred.nn import anyres, placeholders
 from tokred.pretrained.vlm import load_vlm, open_vlm
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "vlm"
@@ -52,7 +52,7 @@ def prompt(name, newline=True):
       ids = np.delete(ids, there[whole:], axis=1)
     slot = anyres.crop_slots(ids, sizes, model.image_token, model.pinpoints, 24, 6, newline=newline)
   else:
-    slot = vlm.slots(ids, model.image_token, 1, 36)
+    slot = placeholders.slots(ids, model.image_token, 1, 36)
   return io, dict(ids=ids, images=pixels(io["pixel_values"]), slot=slot)
 
 

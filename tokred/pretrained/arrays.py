@@ -62,6 +62,25 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
   return {name: array.read() for name, array in open_safetensors(Path(path)).items()}
 
 
+def read_description(directory: Path) -> tuple[dict[str, Any], str]:
+  """What a directory's config.json says, and the file's name for messages.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is no JSON object.
+  """
+  file = directory / "config.json"
+  if not file.is_file():
+    raise FileNotFoundError(f"{directory} has no config.json; valid: a directory in the layout of transformers")
+  try:
+    config = json.loads(file.read_text())
+  except ValueError as error:
+    raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
+  if not isinstance(config, dict):
+    raise ValueError(f"{file} is damaged (no object); fetch it again")
+  return config, str(file)
+
+
 def open_directory(directory: Path) -> dict[str, Lazy]:
   """Arrays of a directory: `model.safetensors`, or the shards that its index names.
 

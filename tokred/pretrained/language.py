@@ -1,7 +1,6 @@
 """Language models in the layout of Hugging Face transformers: Llama, Qwen2, 2.5 and 3, alone or inside a VLM."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from tokred.config import nearest
 from tokred.nn import decoder
 from tokred.nn.decoder_layer import Shape
 from tokred.nn.rope import ROPES, Rope
-from tokred.pretrained.arrays import open_directory
+from tokred.pretrained.arrays import open_directory, read_description
 from tokred.pretrained.huggingface import ACTIVATIONS
 from tokred.pretrained.rules import MATRIX, Layout, Row, from_heads, merge, reading, to_heads, translate
 from tokred.pretrained.source import strip
@@ -67,15 +66,8 @@ def open_language(path: str | os.PathLike[str]) -> Language:
     ValueError: damaged files, or an architecture that tokred does not have.
   """
   directory = Path(path)
-  file = directory / "config.json"
-  if not file.is_file():
-    raise FileNotFoundError(f"{directory} has no config.json; valid: a directory in the layout of transformers")
-  try:
-    config = json.loads(file.read_text())
-    assert isinstance(config, dict)
-  except (ValueError, AssertionError) as error:
-    raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
-  shape = read_shape(config, str(file))
+  config, file = read_description(directory)
+  shape = read_shape(config, file)
   state = strip(open_directory(directory), PREFIXES, IGNORED + ((r"lm_head\.weight",) if shape.tied else ()))
   return Language(str(directory), shape, state)
 

@@ -5,7 +5,6 @@ One table of rows serves reading and writing.  Releases of transformers have nam
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from tokred.nn import decoder, projectors, qwen_vision, vit, vlm
 from tokred.nn.decoder_layer import Shape
 from tokred.nn.qwen_vlm import QwenVLM
 from tokred.pretrained import huggingface, language
-from tokred.pretrained.arrays import open_directory
+from tokred.pretrained.arrays import open_directory, read_description
 from tokred.pretrained.huggingface import ACTIVATIONS
 from tokred.pretrained.rules import CONV, Layout, Row, from_heads, linear, merge, norm, reading, to_heads, translate
 from tokred.sharding import DEFAULT_RULES, abstract_sharded
@@ -119,15 +118,8 @@ def open_vlm(path: str | os.PathLike[str]) -> Files:
     ValueError: damaged files, or an architecture or a field that tokred does not have.
   """
   directory = Path(path)
-  file = directory / "config.json"
-  if not file.is_file():
-    raise FileNotFoundError(f"{directory} has no config.json; valid: a directory in the layout of transformers")
-  try:
-    config = json.loads(file.read_text())
-    assert isinstance(config, dict)
-  except (ValueError, AssertionError) as error:
-    raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
-  found = read_vlm(config, str(file))
+  config, file = read_description(directory)
+  found = read_vlm(config, file)
   return dataclasses.replace(found, path=str(directory), state=found_only(found, open_directory(directory)))
 
 
