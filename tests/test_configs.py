@@ -100,7 +100,7 @@ def some():
       yield pytest.param(name, variant, learned, marks=[pytest.mark.thorough] * covered)
 
 
-@pytest.mark.parametrize(("name", "variant", "learned"), some())
+@pytest.mark.parametrize(("name", "variant", "learned"), list(some()))
 def test_runs_two_steps(name, variant, learned, data_dir, one_device, tmp_path):
   config = get_config(name, join(variant, learned, "runlocal"))
   with config.unlocked():
