@@ -2,8 +2,14 @@
 
 import os
 
+import pytest
+
 # Everything here compiles for longer than it runs, so LLVM need not try hard.
-WANTED = {"--xla_force_host_platform_device_count": "8", "--xla_backend_optimization_level": "0"}
+WANTED = {
+  "--xla_force_host_platform_device_count": "8",
+  "--xla_backend_optimization_level": "0",
+  "--xla_llvm_disable_expensive_passes": "true",
+}
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
@@ -21,7 +27,7 @@ SLOW = (
   "test_learned_cuts",
   "test_learned_shares", "test_merging", "test_methods", "test_projectors", "test_qwen", "test_recorded",
   "test_recorded_routers", "test_routers", "test_scoring", "test_segments", "test_selection", "test_training",
-  "test_video", "test_vlm", "test_vlm_reduce",
+  "test_video", "test_vlm", "test_vlm_reduce", "test_huggingface", "test_vlm_files",
 )  # fmt: skip
 
 # The longest files first: a worker takes a file at a time, and the last one should not wait for a long one.
@@ -31,9 +37,16 @@ FIRST = (
 
 
 def pytest_collection_modifyitems(items):
-  import pytest
-
   items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
   for item in items:
     if item.path.stem in SLOW:
       item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_go():
+  """A worker compiles thousands of programs, which fill gigabytes, and XLA crashed among them."""
+  yield
+  import jax
+
+  jax.clear_caches()
