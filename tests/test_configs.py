@@ -121,6 +121,7 @@ def test_every_method_builds(method):
   assert config.to_dict().keys() == default().to_dict().keys()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["mod"])
 def test_methods_run_two_steps(method, one_device, tmp_path):
   config = get_config("methods", f"method={method},budget=0.6,runlocal")
