@@ -6,6 +6,9 @@ Methods at the tower's output and where the language model begins (layer 0) leav
 language model.  Those inside it (fastv, pdrop, sparsevlm, transprune, and visiondrop, which does half of it at the
 output) leave the share behind their last layer only, and save less: compare them by FLOPs, not by the share.
 
+DyMU has the same count for every image here, as every method that is compared at a share; its own counts follow the
+image, with reducer="dymu_merge", rate="threshold" and thresholds of `tokred.reducers.tome.batch_threshold`.
+
 A tower without CLS (`cls=False`) is asked for the attention that tokens receive, the mean over all queries, instead of
 that which CLS pays.
 """
@@ -36,8 +39,8 @@ def _begin(m: Model, reducer: str, **options: Any) -> Sites:
 
 def _inside(m: Model, reducer: str, layers: tuple[int, ...], keep: float, **options: Any) -> Sites:
   """Several layers of a language model, that leave a share all together."""
-  each = (keep ** (1 / len(layers)),) * len(layers)
-  return dict(cut=dict(stack="llm", reducer=reducer, layers=layers, place="before", keep=each, **options))
+  shares = tuple(keep ** (i / len(layers)) for i in range(1, len(layers) + 1))
+  return dict(cut=dict(stack="llm", reducer=reducer, layers=layers, place="before", keep=shares, of="input", **options))
 
 
 def _remember(m: Model, layers: tuple[int, ...], **options: Any) -> Sites:
@@ -52,6 +55,13 @@ def _stages(m: Model, stages: int) -> tuple[int, ...]:
 def _aim(m: Model) -> Sites:
   times = max(1, math.ceil(-math.log2(m.keep)))  # a bipartite merge takes away half at most
   return _output(m, ("tome",) * times, (m.keep ** (1 / times),) * times, metric="token", plain=True, proportional=False)
+
+
+def _dymu(m: Model) -> Sites:
+  if m.keep < 0.5**m.depth:
+    raise ValueError(f"keep={m.keep} for dymu; valid: {0.5**m.depth:.4g} or more, for a block of {m.depth} merges half")
+  each = (m.keep ** (1 / m.depth),) * m.depth
+  return dict(merge=dict(reducer="tome", layers=tuple(range(m.depth)), keep=each, position="virtual"))
 
 
 METHODS: dict[str, Callable[[Model], Sites]] = {
@@ -71,6 +81,8 @@ METHODS: dict[str, Callable[[Model], Sites]] = {
   "kmedoids": lambda m: _output(m, "kmedoids"),
   "dpcknn": lambda m: _output(m, "dpcknn", merge=True, neighbours=5),
   "aim": _aim,
+  # In its blocks; the language model attends as if nothing had merged
+  "dymu": _dymu,
   # Where the language model begins
   "divprune": lambda m: _begin(m, "maxmin", metric="token", start="isolated", raster=True),
   "todre": lambda m: _begin(m, "maxmin", metric="token", start="token_norm", raster=True),

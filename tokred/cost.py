@@ -107,11 +107,11 @@ def of(module: Any, price: Any = macs, counts: Any = None) -> Any:
     return total
   arriving = profile.final - module.dropped
   attention, mlp = module.lengths(module.projector.left(arriving), counts)
-  rest = module.projector.macs(arriving, s.width) + reading(module.llm.shape, attention, mlp)
+  rest = module.projector.macs(arriving, s.width) + reading(module.llm.shape, attention, mlp, module.whole)
   return total + (2.0 if price is flops else 1.0) * rest
 
 
-def reading(shape: Any, attention: Sequence[Any], mlp: Sequence[Any]) -> Any:
+def reading(shape: Any, attention: Sequence[Any], mlp: Sequence[Any], whole: int | None = None) -> Any:
   """Multiply-adds of a language model that reads a prompt and tells what follows it.
 
   N D (2 H + 2 G) d + 2 N^2 H d for attention with H heads of d channels and G of keys and values, 3 N D mlp_dim for
@@ -121,11 +121,12 @@ def reading(shape: Any, attention: Sequence[Any], mlp: Sequence[Any]) -> Any:
     shape: `tokred.nn.decoder_layer.Shape`.
     attention: tokens in each layer's attention, numbers or traced scalars.
     mlp: tokens in each layer's MLP.
+    whole: places in the N^2 of attention where merged tokens stand at several (`tokred.nn.unmerge`); None: N.
   """
   d, total = shape.width, float(shape.width * shape.vocab)
   heads, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
   for n in attention:
-    total = total + 2.0 * n * d * (heads + keys) + 2.0 * n * n * heads
+    total = total + 2.0 * n * d * (heads + keys) + 2.0 * (n if whole is None else whole) ** 2 * heads
   for n in mlp:
     total = total + 3.0 * n * d * shape.mlp_dim
   return total

@@ -8,7 +8,9 @@ from golden import quick
 from golden_vlm import needs_golden, order, recorded, reduced, tokens_of
 
 from tokred import rates
-from tokred.nn.unmerge import unmerged_attention
+from tokred.nn.attention import attend
+from tokred.nn.rope import rotate
+from tokred.nn.unmerge import places
 from tokred.reducers.cluster import DPCKNN
 from tokred.reducers.medoids import KMedoids
 from tokred.reducers.pool import Pool
@@ -81,12 +83,30 @@ def test_dymu_threshold_of_a_batch():
 def test_virtual_unmerging_recorded():
   g = recorded("dymu_vtu")
   owner = jnp.asarray(g["mapping"], jnp.int32)[None]
-  arrays = (jnp.asarray(g[name]) for name in ("Q_un", "K_un", "V_un"))
-  run = jax.jit(unmerged_attention, compiler_options=quick())
-  out, whole, score = run(*arrays, owner, jnp.asarray(g["cos"]), jnp.asarray(g["sin"]))
+  half = g["cos"].shape[-1] // 2
+  angle = jnp.arctan2(g["sin"], g["cos"]).reshape(1, owner.shape[1], -1)[..., :half]
+
+  def run(q, k, v):
+    whole = places(owner, jnp.arange(owner.shape[1])[None])
+    q, k, v = rotate(whole.expand(q), angle), rotate(whole.expand(k), angle), whole.expand(v)
+    y = attend(q, k, v, mask=whole.there, causal=True)
+    return whole.mean(y, g["Q_un"].shape[2]), y, jnp.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+
+  out, y, score = jax.jit(run, compiler_options=quick())(*(jnp.asarray(g[name]) for name in ("Q_un", "K_un", "V_un")))
   np.testing.assert_allclose(score, g["scores"], atol=2e-5)
-  np.testing.assert_allclose(whole, g["causal_output_full"], atol=1e-5)
+  np.testing.assert_allclose(y, g["causal_output_full"], atol=1e-5)
   np.testing.assert_allclose(out, g["output_remerged_mean"], atol=1e-5)
+
+
+def test_places_with_padding():
+  """Of five places two are nobody's: 7 5 . 7 . with values 7 -> 1, 5 -> 2; the mean of who has none is 0."""
+  whole = places(jnp.asarray([[1, 0, -1, 1, -1]]), jnp.asarray([[4, 5, 6, 7, 8]]))
+  assert whole.position[0, :3].tolist() == [4, 5, 7] and whole.last.tolist() == [7]
+  assert whole.there[0].tolist() == [True, True, True, False, False]
+  expanded = whole.expand(jnp.asarray([2.0, 1.0, 9.0]).reshape(1, 1, 3, 1))
+  assert expanded[0, 0, :3, 0].tolist() == [1.0, 2.0, 1.0]
+  y = jnp.asarray([1.0, 2.0, 5.0, jnp.nan, jnp.nan]).reshape(1, 1, 5, 1)
+  assert whole.mean(y, 3)[0, 0, :, 0].tolist() == [2.0, 3.0, 0.0]
 
 
 @needs_golden

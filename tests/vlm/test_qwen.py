@@ -14,16 +14,18 @@ from tokred.nn.rope import Rope
 IMAGE = 3
 TOWER = qwen_vision.Shape(16, 2, 24, 2, patch=2, window=2, full=(1,))
 TEXT = Shape(40, 16, 2, 24, 2, 1, 8, rope=Rope(100.0, sections=(2, 1, 1)), qkv_bias=True, max_length=64)
+MERGED = dict(out=dict(reducer="tome", metric="token", place="output", keep=0.5))
 HALF = dict(out=dict(reducer="topk", score="column_mean", place="output", keep=0.5))
 
 
 @functools.cache
 def model(name="none"):
-  sites = {"none": {}, "half": HALF, "both": HALF | dict(llm=dict(stack="llm", reducer="topk", score="key_norm",
-           layers=(1,), keep=0.5))}[name]  # fmt: skip
+  cut = dict(stack="llm", reducer="topk", score="key_norm", layers=(1,), keep=0.5)
+  sites = {"none": {}, "half": HALF, "both": HALF | dict(llm=cut), "virtual": MERGED}[name]
   seen = {site: fields for site, fields in sites.items() if "stack" not in fields}
   read = {site: fields for site, fields in sites.items() if "stack" in fields}
-  return QwenVLM(qwen_vision.make(TOWER, seen), qwen_vision.Merger(16), decoder.make(TEXT, read), image_token=IMAGE)
+  parts = qwen_vision.make(TOWER, seen), qwen_vision.Merger(16), decoder.make(TEXT, read)
+  return QwenVLM(*parts, image_token=IMAGE, position="virtual" if name == "virtual" else "original")
 
 
 @functools.cache
@@ -85,7 +87,9 @@ def test_attention_within_windows():
   np.testing.assert_array_equal(out[0].alive.sum(1), [4, 8])
 
 
-@pytest.mark.parametrize("name", ["half", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("none", "both"))])
+@pytest.mark.parametrize(
+  "name", ["half", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("none", "both", "virtual"))]
+)
 def test_unequal_prompts_get_what_they_get_alone(name):
   """Frames of 6, 4, 6 and 6 tokens; of a half, 3, 2, 3 and 3 stay.  What is padded is garbage."""
   module, inputs = model(name), batch()
@@ -101,14 +105,14 @@ def test_unequal_prompts_get_what_they_get_alone(name):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["half", "both"])
+@pytest.mark.parametrize("name", ["half", "both", "virtual"])
 def test_masked_is_gathered(name):
   module, inputs = model(name), batch()
   np.testing.assert_allclose(at_ids(module, inputs, "mask"), at_ids(module, inputs), atol=1e-4)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["none", "half"])
+@pytest.mark.parametrize("name", ["none", "half", "virtual"])
 def test_text_is_that_without_a_cache(name):
   """Four greedy tokens; then all at once, in a batch and alone."""
   module, inputs, new = model(name), batch(), 4

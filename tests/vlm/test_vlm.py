@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tokred import cost
 from tokred import tokens as tk
 from tokred.config import complete
 from tokred.nn import placeholders, vlm
@@ -20,6 +21,7 @@ SITES = {
   "reindex": dict(
     out=dict(reducer="topk", score="key_norm", layers=(-1,), place="output", keep=0.25, position="reindex", raster=True)
   ),
+  "virtual": dict(tome=dict(reducer="tome", layers=(0, 1), r=4, position="virtual")),
   "both": dict(
     out=dict(reducer="topk", score="token_norm", layers=(-1,), place="output", keep=0.5),
     llm=dict(stack="llm", reducer="topk", score="last_attention", layers=(1,), place="before", keep=0.5),
@@ -62,7 +64,7 @@ def forward(module, params, known=None, mode="gather", **inputs):
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name != "merge")) for name in SITES]
+  "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name not in ("merge", "virtual"))) for name in SITES]
 )
 def test_masked_is_gathered_alone_is_together_and_decoding_is_recomputing(name):
   module, params = model(name), parameters()
@@ -110,3 +112,47 @@ def test_placeholders_must_fit():
     module.known(fewer, slot, mask)
   with pytest.raises(ValueError, match=r"row 1 has 31 placeholders \(id 3\); valid: 16 for each of up to 2 images"):
     placeholders.slots(np.where(np.arange(40) == 1, 1, ids), IMAGE, 2, 16)
+
+
+def test_a_virtual_place_is_a_place():
+  """With nothing merged, attention is at the places where the tokens are: the dense model, padding or not."""
+  config = complete(dict(model=MODEL, llm=LLM))
+  still = vlm.make(config, dict(tome=dict(reducer="tome", layers=(0,), keep=1.0, position="virtual")))
+  ids, images, slot, mask = batch()
+  inputs = dict(ids=ids, images=images, slot=slot, mask=mask)
+  dense, _ = forward(model(), parameters(), model().known(ids, slot, mask), **inputs)
+  same, _ = forward(still, parameters(), still.known(ids, slot, mask), **inputs)
+  np.testing.assert_allclose(np.asarray(same)[mask], np.asarray(dense)[mask], atol=1e-5)
+
+
+def test_virtual_places_cost_what_attention_sees():
+  """16 of 32 tokens of width 32 in three layers: projections and MLPs halve with the patches, N^2 stays 48^2."""
+  config = complete(dict(model=MODEL, llm=LLM | dict(prompt=32)))
+  site = dict(reducer="tome", layers=(0,), r=8)
+  plain, virtual = (
+    vlm.make(config, dict(tome=site | more)) for more in (dict(position="original"), dict(position="virtual"))
+  )
+  extra = 3 * 2 * (48**2 - 40**2) * 32  # layers, q k and w v, pairs, width
+  assert cost.of(virtual) - cost.of(plain) == extra
+
+
+@pytest.mark.parametrize(
+  ("more", "message"),
+  [
+    (dict(llm=dict(stack="llm", reducer="topk", layers=(1,), keep=0.5)), "goes with no site of stack='llm'"),
+    (dict(out=dict(reducer="topk", place="output", keep=0.5, position="reindex")), "and with no 'reindex'"),
+  ],
+)
+def test_virtual_places_go_alone(more, message):
+  with pytest.raises(ValueError, match=f"sites.tome.position='virtual' .*{message}"):
+    vlm.make(complete(dict(model=MODEL, llm=LLM)), SITES["virtual"] | more)
+
+
+def test_virtual_places_learn_no_counts():
+  site = dict(SITES["virtual"]["tome"], rate="learned", granularity=4)
+  del site["r"]
+  module = vlm.make(complete(dict(model=MODEL, llm=LLM)), dict(tome=site))
+  with pytest.raises(ValueError, match=r"position='virtual' learns no counts; valid: a fixed keep or a threshold"):
+    ids, images, slot, mask = batch()
+    call = dict(slot=slot, mask=mask, mode="mask", train=True)
+    jax.eval_shape(lambda: module.init({"params": jax.random.key(0), "reduce": jax.random.key(1)}, ids, images, **call))

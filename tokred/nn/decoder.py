@@ -25,6 +25,7 @@ from tokred.nn.budget import Census
 from tokred.nn.cache import Cache, filled
 from tokred.nn.decoder_layer import SEGMENT, Block, Past, Shape
 from tokred.nn.decoder_scope import INDEX, SharedRouter
+from tokred.nn.unmerge import Places
 from tokred.reducers.atp import VISUAL
 from tokred.tokens import APPENDED, Array, Tokens
 
@@ -72,6 +73,7 @@ class Decoder(nn.Module):
     segment: Array | None = None,
     state: Mapping[str, Array] | None = None,
     known: Census | None = None,
+    places: Places | None = None,
     train: bool = False,
     mode: str = "gather",
   ) -> Output:
@@ -91,13 +93,16 @@ class Decoder(nn.Module):
         which visual tokens show what the answer is about, for "glimpse" to learn from.
       known: counts of the batch, of `budget.census`; needed where sites act in gather mode and `mask` or `protected`
         is traced.
+      places: where the S tokens stand in a longer sequence, in which attention takes place: virtual unmerging.
       train: whether reducers may sample; randomness comes from the stream "reduce".
       mode: "mask" (all stay in place) or "gather" (those that leave are gone).
 
     Raises:
-      ValueError: texts share rows, and sites, which count by row, act here.
+      ValueError: texts share rows, or tokens have several places, and sites, which count by row, act here.
     """
-    tokens, aux, _ = self._forward(ids, x, mask, protected, position, last, segment, state, known, train, mode, None)
+    tokens, aux, _ = self._forward(
+      ids, x, mask, protected, position, last, segment, state, known, places, train, mode, None
+    )
     return Output(self.logits(tokens.x), tokens, aux)
 
   def prefill(
@@ -111,10 +116,11 @@ class Decoder(nn.Module):
     position: Array | None = None,
     state: Mapping[str, Array] | None = None,
     known: Census | None = None,
+    places: Places | None = None,
   ) -> Output:
     """Reduces and caches prompts, with room for as many tokens more; logits (B, 1, vocab) of their last tokens."""
     tokens, aux, cache = self._forward(
-      ids, x, mask, protected, position, None, None, state, known, False, "gather", room
+      ids, x, mask, protected, position, None, None, state, known, places, False, "gather", room
     )
     end = jnp.maximum(tokens.alive.sum(1, dtype=jnp.int32) - 1, 0)
     return Output(self.logits(tk.take(tokens.x, end[:, None])), tokens, aux, cache)
@@ -139,8 +145,10 @@ class Decoder(nn.Module):
 
   def _forward(
     self, ids: Any, x: Any, mask: Any, protected: Any, position: Any, last: Any, segment: Any, state: Any,
-    known: Census | None, train: bool, mode: str, room: int | None,
+    known: Census | None, places: Places | None, train: bool, mode: str, room: int | None,
   ) -> tuple[Tokens, dict[str, Any], Cache | None]:  # fmt: skip
+    if places is not None and self.sites.spots:
+      raise ValueError(f"sites.{self.sites.spots[0].site}.stack='llm' cannot stand where tokens have several places")
     if segment is not None and self.sites.spots:
       raise ValueError(
         f"sites.{self.sites.spots[0].site}.stack='llm' counts tokens by row, but several texts share one (segment): "
@@ -174,17 +182,20 @@ class Decoder(nn.Module):
     axes = tuple(range(1, tokens.position.ndim))
     alive = tokens.alive.reshape(*tokens.mask.shape, *(1,) * (tokens.position.ndim - 2))
     following = jnp.where(alive, tokens.position, -1).max(axes).astype(jnp.int32) + 1
+    if places is not None:
+      places = places.replace(owner=jnp.maximum(tk.take(tokens.owner, places.owner), 0))
+      following = places.last + 1
     aux: dict[str, Any] = {}
     past: list[tuple[Any, ...]] = []
     for layer, block in enumerate(self.block):
-      tokens, report, left = block(tokens, last, keeps, train, mode, self.reduce)
+      tokens, report, left = block(tokens, last, keeps, train, mode, self.reduce, places)
       for name, values in report.items():
         aux[name] = aux.get(name, {}) | values if isinstance(values, dict) else values
       aux[f"owner/{layer}"] = tokens.owner
       if room is not None:
         following = self._following(layer, ("before",), following, left.outside)
         there = self._there(layer, left, room)
-        length = left.inside.alive.sum(1, dtype=jnp.int32)
+        length = (left.inside.alive if places is None else places.there).sum(1, dtype=jnp.int32)
         past.append((filled(left.k, room), filled(left.v, room), length, following, there))
         following = self._following(layer, ("attn", "after"), following, tokens)
     self._learn(aux, mask & ~protected)

@@ -18,6 +18,7 @@ from tokred.nn.cache import Cache
 from tokred.nn.decoder_scope import INDEX, ROUTE, Scope, SharedRouter, enter, gated, one_more
 from tokred.nn.received import FEATURES
 from tokred.nn.rope import Rope, rotate
+from tokred.nn.unmerge import Places
 from tokred.sites import Reduce
 from tokred.tokens import Array, Tokens, of_prompt
 
@@ -89,11 +90,13 @@ class Attention(nn.Module):
     if s.qk_norm:
       self.q_norm, self.k_norm = (nn.RMSNorm(epsilon=s.norm_eps, **kinds) for _ in range(2))
 
-  def __call__(self, x: Array, position: Array) -> tuple[Array, Array, Array]:
-    """(B, N, D) and (B, N[, axis]) to queries (B, H, N, d), keys and values (B, heads, N, d)."""
+  def __call__(self, x: Array, position: Array, places: Places | None = None) -> tuple[Array, Array, Array]:
+    """(B, N, D) and (B, N[, axis]) to queries (B, H, N, d), keys and values (B, heads, N, d); or at all `places`."""
     q, k, v = self.qkv(x)
     if self.shape.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
+    if places is not None:
+      q, k, v, position = *map(places.expand, (q, k, v)), places.position
     angle = self.shape.rope.angles(position, self.shape.head_dim)
     return rotate(q, angle), rotate(k, angle), v
 
@@ -145,8 +148,9 @@ class Block(nn.Module):
     self.reduce = Reduce(self.sites.at(self.layer, *budget.PLACES))
 
   def __call__(
-    self, tokens: Tokens, last: Array, keeps: Mapping[str, Any], train: bool, mode: str, shared: SharedRouter | None
-  ) -> tuple[Tokens, dict[str, Any], Past]:
+    self, tokens: Tokens, last: Array, keeps: Mapping[str, Any], train: bool, mode: str, shared: SharedRouter | None,
+    places: Places | None = None,
+  ) -> tuple[Tokens, dict[str, Any], Past]:  # fmt: skip
     """Returns the tokens, what reducers report, and what a cache needs."""
     aux: dict[str, Any] = {}
     reduce = functools.partial(self._reduce, aux=aux, last=last, keeps=keeps, train=train, mode=mode)
@@ -154,11 +158,15 @@ class Block(nn.Module):
     outside, scope = tokens, None
     if around := self.sites.at(self.layer, "around"):
       tokens, scope = self._enter(tokens, around[0], keeps, train, mode, shared, aux)
-    q, k, v = self.attn(self.norm1(tokens.x), tokens.position)
+    q, k, v = self.attn(self.norm1(tokens.x), tokens.position, places)
     soft = jnp.issubdtype(tokens.mask.dtype, jnp.floating)  # a gate learns from what the dead would have given
     there, order = (tokens.mask, tokens.feats[INDEX]) if soft else (None, True)
     holds = self._gates(tokens, keeps, train, mode, aux)
-    if holds is None:
+    if places is not None:
+      there, segment = (places.there, None) if places.segment is None else (None, places.segment)
+      heads = attention.attend(q, k, v, mask=there, segment=segment, causal=True, impl=self.attention)
+      heads = places.mean(heads, tokens.x.shape[1])
+    elif holds is None:
       segment = tokens.feats.get(SEGMENT)
       if segment is not None and not soft:
         segment = jnp.where(tokens.alive, segment, -1)

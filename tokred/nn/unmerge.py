@@ -1,57 +1,63 @@
 """Virtual unmerging: attention as if every merged token stood at all of its places.
 
 (Wang et al., 2025, DyMU, arXiv:2504.17040)
-"""
-
-import jax
-import jax.numpy as jnp
-
-from tokred.tokens import Array, take
-
-
-def turned(x: Array, cos: Array, sin: Array) -> Array:
-  """Rotary positions, halves turned: (B, H, N, d) by cos and sin (B or 1, N, d)."""
-  first, second = jnp.split(x, 2, axis=-1)
-  return x * cos[:, None] + jnp.concatenate([-second, first], axis=-1) * sin[:, None]
-
-
-def unmerged_attention(
-  q: Array, k: Array, v: Array, owner: Array, cos: Array, sin: Array, *, mask: Array | None = None
-) -> tuple[Array, Array, Array]:
-  """Attention of S source tokens of which M are computed, averaged back over the members of each.
 
     a_ij = (R_i q_o(i)) . (R_j k_o(j)) / sqrt(d), j <= i;  y_i = sum_j softmax_j(a_ij) v_o(j)
     out_m = mean of y_i over o(i) = m
 
-  (Wang et al., 2025, DyMU)  Projections and MLPs see M tokens, attention S: quality without a change of what the
-  language model was trained for, and less saved.  The cache holds the S expanded keys, so that decoding goes on as
-  always.
+Projections and MLPs see the M tokens that are left, attention the S places: a language model meets the positions that
+it was trained with, and less is saved.  The cache holds the S expanded keys, so that decoding goes on as always.
+"""
+
+import jax.numpy as jnp
+from flax import struct
+
+from tokred import tokens as tk
+from tokred.tokens import Array
+
+
+@struct.dataclass
+class Places:
+  """Where the tokens of a reduced sequence stand in the whole one; places that nobody has are behind the others."""
+
+  owner: Array  # (B, S) int32; the token that stands there, o(i)
+  there: Array  # (B, S) bool; whether one does
+  position: Array  # (B, S[, axis]) int32
+  segment: Array | None = None  # (B, S) int32, -1 where nobody stands; which of the texts that share a row
+
+  @property
+  def last(self) -> Array:
+    """The largest position, over all axes: (B,) int32; -1 in a row without tokens."""
+    there = self.there.reshape(*self.there.shape, *(1,) * (self.position.ndim - 2))
+    return jnp.where(there, self.position, -1).max(tuple(range(1, self.position.ndim))).astype(jnp.int32)
+
+  def expand(self, a: Array) -> Array:
+    """Everyone at all of its places: (B, H, M, d) to (B, H, S, d)."""
+    return tk.take(a.swapaxes(1, 2), self.owner, "gather").swapaxes(1, 2)
+
+  def mean(self, y: Array, tokens: int) -> Array:
+    """The mean over a token's places: (B, H, S, d) to (B, H, M, d), zero for who has none.
+
+    Args:
+      y: what attention gave at each place.
+      tokens: M.
+    """
+    member = self.there[:, None] & (self.owner[:, None] == jnp.arange(tokens)[:, None])  # (B, M, S)
+    share = member / jnp.maximum(member.sum(-1, keepdims=True), 1)
+    y = jnp.where(self.there[:, None, :, None], y, 0)
+    return jnp.einsum("bms,bhsd->bhmd", share.astype(y.dtype), y, preferred_element_type=jnp.float32).astype(y.dtype)
+
+
+def places(owner: Array, position: Array, segment: Array | None = None) -> Places:
+  """Those of a whole sequence, in which padding may stand anywhere.
 
   Args:
-    q: (B, H, M, d), not yet turned to positions; so is k.
-    k: (B, H, M, d).
-    v: (B, H, M, d).
-    owner: (B, S) int32 token that represents each source token, as `Tokens.owner`; -1 where none does: left out.
-    cos: (B or 1, S, d) of the source tokens' positions; so is sin.
-    sin: see above.
-    mask: (B, S) bool source tokens that are there; None: all that have an owner.
-
-  Returns:
-    out (B, H, M, d), zero where no source token is; y (B, H, S, d); and the scores a before the mask (B, H, S, S)
-    float32.
+    owner: (B, S) int32 token that represents each place, as `Tokens.owner`; -1 where none does.
+    position: (B, S[, axis]) int32.
+    segment: (B, S) int32; None: one text a row.
   """
-  there = owner >= 0 if mask is None else (owner >= 0) & mask
-  index = jnp.maximum(owner, 0)
-  wide = lambda a: take(a.swapaxes(1, 2), index, "gather").swapaxes(1, 2)  # noqa: E731
-  score = jnp.einsum(
-    "bhid,bhjd->bhij", turned(wide(q), cos, sin), turned(wide(k), cos, sin), preferred_element_type=jnp.float32
-  )
-  score = score * q.shape[-1] ** -0.5
-  place = jnp.arange(owner.shape[1])
-  seen = (place[:, None] >= place) & there[:, None]
-  seen = seen | jnp.eye(len(place), dtype=bool)  # who is not there sees itself, for a softmax of nothing is none
-  weight = jax.nn.softmax(jnp.where(seen[:, None], score, -jnp.inf))
-  y = jnp.einsum("bhij,bhjd->bhid", weight.astype(v.dtype), wide(v))
-  member = (there[:, None] & (owner[:, None] == jnp.arange(q.shape[2])[:, None])).astype(jnp.float32)  # (B, M, S)
-  member = member / jnp.maximum(member.sum(-1, keepdims=True), 1.0)
-  return jnp.einsum("bms,bhsd->bhmd", member.astype(y.dtype), y), y, score
+  order = tk.inverse(tk.rank((owner < 0).astype(jnp.int32)))
+  owner, position = tk.take(owner, order), tk.take(position, order)
+  there = owner >= 0
+  segment = None if segment is None else jnp.where(there, tk.take(segment, order), -1)
+  return Places(jnp.where(there, owner, 0), there, position, segment)

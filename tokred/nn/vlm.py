@@ -16,7 +16,6 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from tokred import cost
 from tokred import tokens as tk
-from tokred.config import nearest
 from tokred.layout import Sites, Spot, walk
 from tokred.nn import decoder, generate, placeholders, projectors, vit
 from tokred.nn.budget import Census, capacities
@@ -25,11 +24,10 @@ from tokred.nn.decoder import Decoder, Output
 from tokred.nn.decoder_layer import Shape
 from tokred.nn.generate import Generated
 from tokred.nn.rope import Rope
+from tokred.nn.stacks import split
+from tokred.nn.unmerge import places
 from tokred.scores import MEMORY
-from tokred.sites import POSITIONS
 from tokred.tokens import Array, Tokens
-
-STACKS = ("encoder", "llm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ class VLM(nn.Module):
   projector: nn.Module
   llm: Decoder
   image_token: int  # the id of placeholders
-  reindex: bool = False  # whether positions are counted anew once the tower's sites have acted
+  position: str = "original"  # of what the tower's sites leave: one of TOWER_POSITIONS
   prompt: int = 32  # tokens of text that multiply-adds are counted with
   newline: bool = False  # placeholders without a patch are ends of lines of them, as in LLaVA-NeXT
 
@@ -79,7 +77,7 @@ class VLM(nn.Module):
   def dense(self) -> "VLM":
     """The same without sites."""
     bare = lambda module: module.clone(sites=type(module.sites)(module.sites.stack))  # noqa: E731
-    return self.clone(tower=bare(self.tower), llm=bare(self.llm), reindex=False)
+    return self.clone(tower=bare(self.tower), llm=bare(self.llm), position="original")
 
   @nn.nowrap
   def known(self, ids: Any, slot: Any, mask: Any = None, mode: str = "gather") -> Known:
@@ -157,6 +155,12 @@ class VLM(nn.Module):
 
     counts = walk(sites.stack.depth, sites.at, visual, leave)
     return [self.prompt + n for n in counts.attention], [self.prompt + n for n in counts.mlp]
+
+  @property
+  def whole(self) -> int | None:
+    """Places in the language model's attention, of text and one image, where merged tokens stand at several."""
+    s = self.tower.shape
+    return self.prompt + s.grid[0] * s.grid[1] if self.position == "virtual" else None
 
   @property
   def dropped(self) -> int:
@@ -272,9 +276,11 @@ class VLM(nn.Module):
     seen = images if isinstance(images, tuple) else self.see(images, slot, train, mode, keeps)
     visual, place, report = seen
     soft = jnp.issubdtype(visual.mask.dtype, jnp.floating)
+    if soft and self.position == "virtual":
+      raise ValueError("sites.*.position='virtual' learns no counts; valid: a fixed keep or a threshold")
     if not soft:
       place = jnp.where(visual.alive, place, -1)
-    if self.reindex and mode == "gather":  # as the reducer lays them out
+    if self.position == "reindex" and mode == "gather":  # as the reducer lays them out
       turn = jnp.maximum(jnp.cumsum(place >= 0, axis=1) - 1, 0)  # some survivors may lie in an image's margin
       place = jnp.where(place < 0, -1, tk.take(jnp.sort(jnp.where(place < 0, source, place), axis=1), turn))
     row = lambda a: a.reshape(batch, -1, *a.shape[2:])  # noqa: E731
@@ -299,7 +305,7 @@ class VLM(nn.Module):
     stands = tk.take(stands, order)
     joined = dict(x=tk.take(x, order), mask=tk.take(alive, order))
     joined["protected"] = tk.take(jnp.pad(text, ((0, 0), (0, place.shape[1]))), order)
-    joined["position"] = None if self.reindex else tk.take(position, stands)
+    joined["position"] = None if self.position == "reindex" else tk.take(position, stands)
     if MEMORY in visual.feats and visual.feats[MEMORY].shape == visual.mask.shape:  # what a site of the tower remembers
       memory = jnp.pad(row(visual.feats[MEMORY]), ((0, 0), (source, 0)))
       joined["state"] = {MEMORY: tk.take(memory, order)}
@@ -312,7 +318,10 @@ class VLM(nn.Module):
     owner = jax.vmap(lambda o, s, p: o.at[jnp.where(s >= 0, s, source)].set(p, mode="drop"))(
       owner, slot.reshape(batch, -1), patches
     )
-    return joined, tk.follow(owner, jnp.where(there, where, -1)), report
+    owner = tk.follow(owner, jnp.where(there, where, -1))
+    if self.position == "virtual":
+      joined["places"] = places(owner, position, segment)
+    return joined, owner, report
 
   def _whole(self, out: Output, owner: Array, report: Mapping[str, Any]) -> Output:
     seen = {name: value for name, value in report.items() if name.startswith("reduce/")}
@@ -335,10 +344,11 @@ def write(
   generate.check(max_new_tokens, temperature, top_p)
   known = model.known(ids, slot, mask)
   if cache_length:
-    longest = known.length + max_new_tokens
+    held = ids.shape[1] if model.position == "virtual" else known.length
+    longest = held + max_new_tokens
     if longest > cache_length:
       raise ValueError(
-        f"a prompt of {known.length} tokens, images counted, and max_new_tokens={max_new_tokens} are longer than the "
+        f"a prompt of {held} tokens, images counted, and max_new_tokens={max_new_tokens} are longer than the "
         f"cache: cache_length={cache_length}; valid: {longest} or more"
       )
     known = dataclasses.replace(known, length=min(cache_length - max_new_tokens, ids.shape[1]))
@@ -349,34 +359,13 @@ def write(
   return generate.run(model, params, inputs, stop, sampling, jax.random.key(seed), known, max_new_tokens, top_p < 1)
 
 
-def split(sites: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict], dict[str, dict], bool]:
-  """Sites of tower and language model, and whether positions are counted anew behind the tower.
-
-  Raises:
-    ValueError: a stack that is neither, or a policy that does not exist.
-  """
-  parts: dict[str, dict] = {name: {} for name in STACKS}
-  anew = False
-  for name, site in sites.items():
-    stack, site = site.get("stack", "encoder"), dict(site)
-    if stack not in STACKS:
-      raise ValueError(f"sites.{name}.stack={stack!r} does not exist in this model; {nearest(str(stack), STACKS)}")
-    if stack == "encoder":
-      policy = site.pop("position", "original")
-      if policy not in POSITIONS:
-        raise ValueError(f"sites.{name}.position={policy!r} is not a policy; {nearest(str(policy), POSITIONS)}")
-      anew |= policy == "reindex"
-    parts[stack][name] = site
-  return parts["encoder"], parts["llm"], anew
-
-
 def make(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any]) -> VLM:
   """The module for `config.model` (the tower), `config.projector`, `config.llm` and sites.
 
   Raises:
     ValueError: names the field, the value and what is valid.
   """
-  seen, read, anew = split(sites)
+  seen, read, policy = split(sites)
   sizes, text = vit.shape(config.model), language(config.llm)
   tower = vit.make(config.model, seen)
   llm = decoder.make(text, read, dtype=config.model.dtype, attention=config.model.attention)
@@ -385,7 +374,7 @@ def make(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any]) -> VL
   if sizes.num_classes:
     raise ValueError(f"config.model.num_classes={sizes.num_classes}: a tower has no head; valid: 0")
   projector = projectors.projector(config.projector.name, FrozenConfigDict(config.projector), text.width)
-  return VLM(tower, projector, llm, config.llm.image_token, anew, config.llm.prompt)
+  return VLM(tower, projector, llm, config.llm.image_token, policy, config.llm.prompt)
 
 
 def language(config: ConfigDict) -> Shape:

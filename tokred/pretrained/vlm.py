@@ -21,6 +21,7 @@ from tokred.config import default, nearest
 from tokred.nn import decoder, projectors, qwen_vision, vit, vlm
 from tokred.nn.decoder_layer import Shape
 from tokred.nn.qwen_vlm import QwenVLM
+from tokred.nn.stacks import split
 from tokred.pretrained import huggingface, language
 from tokred.pretrained.arrays import open_directory, read_description
 from tokred.pretrained.huggingface import ACTIVATIONS
@@ -94,14 +95,14 @@ class Files:
     attention: str = "auto",
   ) -> vlm.VLM:  # fmt: skip
     """The module, with `config.sites`; every error of these is raised here."""
-    seen, read, anew = vlm.split(sites or {})
+    seen, read, policy = split(sites or {})
     llm = decoder.make(self.llm, read, dtype=dtype, param_dtype=param_dtype, attention=attention)
     if self.tower is not None:
       tower = qwen_vision.make(self.tower, seen, dtype=dtype, attention=attention)
-      return QwenVLM(tower, qwen_vision.Merger(self.llm.width), llm, self.image_token, anew)
+      return QwenVLM(tower, qwen_vision.Merger(self.llm.width), llm, self.image_token, policy)
     tower = vit.make(self.config(dtype, attention), seen)
     projector = projectors.projector("mlp", {}, self.llm.width)
-    return vlm.VLM(tower, projector, llm, self.image_token, anew, newline=self.kind == "llava_next")
+    return vlm.VLM(tower, projector, llm, self.image_token, policy, newline=self.kind == "llava_next")
 
   def config(self, dtype: str = "float32", attention: str = "auto") -> ConfigDict:
     """`config.model` of the tower."""
