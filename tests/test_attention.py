@@ -84,6 +84,25 @@ def test_gradients_of_both_agree_with_differences_of_the_formula(kind, sized):
 
 
 @pytest.mark.parametrize("impl", ["matmul", "fused"])
+@pytest.mark.parametrize("loud", [20.0, 50.0, 120.0])
+def test_a_dead_key_that_drowns_the_living_spoils_nothing(impl, loud):
+  """Its logits stand so far above all others that float32 has no room for both: exact outputs, finite gradients."""
+  q, k, v, _ = inputs(7)
+  q[..., 0], k[:, :, -1] = np.sqrt(DIM), 0.0
+  k[:, :, -1, 0] = loud
+  gate = f32(ALIVE)
+  run = lambda q, k, v, gate: attention.attend(q, k, v, mask=gate, impl=impl)  # noqa: E731
+  out, back = jax.vjp(run, f32(q), f32(k), f32(v), gate)
+  living = np.broadcast_to(ALIVE[:, None], (B, H, N))
+  if impl == "matmul" or loud < 88:  # beyond, the fused kernel has nothing left of the living
+    np.testing.assert_allclose(
+      np.asarray(out)[living], reference(q, k, v, gate=ALIVE * 1.0)[living], rtol=2e-4, atol=1e-5
+    )
+  for gradient in (out, *back(jnp.ones_like(out))):
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() < 1e9
+
+
+@pytest.mark.parametrize("impl", ["matmul", "fused"])
 def test_garbage_in_dead_keys_reaches_no_living_query(impl):
   q, k, v, size = (f32(a) for a in inputs(3))
   dead = ~jnp.asarray(ALIVE)[:, None, :, None]

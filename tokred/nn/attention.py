@@ -26,6 +26,7 @@ from tokred.scores import PAGERANK
 from tokred.tokens import Array
 
 IMPLEMENTATIONS = ("auto", "matmul", "fused")
+LOUDEST = 1e6  # what a dead key may weigh against the best living one, in gradients: one that is louder drowns them
 SHARED = -2  # the segment of tokens that all segments of their row see
 
 
@@ -96,17 +97,19 @@ def _matmul(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None
   if mask is not None and gate is None:
     logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
     v = jnp.where(mask[:, None, :, None], v, 0)  # zero times NaN is NaN
-  # The largest logit is taken over dead keys too where gates learn, so that their exponentials stay finite.
-  top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-  weight = jnp.exp(logits - top)
   # Dividing after the product saves a pass over the map.
   product = functools.partial(jnp.einsum, "bhij,bhjd->bhid", preferred_element_type=jnp.float32)
   if gate is None:
+    weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     return (product(weight.astype(v.dtype), v) / weight.sum(-1, keepdims=True)).astype(v.dtype)
   # So does a gate at the values; what a query that is switched off gives to itself is added.
-  own = jnp.einsum("bhid,bhid->bhi", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-  own = own if bias is None else own + bias[:, None]
-  own = jnp.exp(own[..., None] - top) * (1.0 - gate)[:, None, :, None]  # (B, H, N, 1)
+  own = jnp.einsum("bhid,bhid->bhi", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)[..., None]
+  own = own if bias is None else own + bias[:, None, :, None]  # (B, H, N, 1)
+  top = jnp.where(gate[:, None, :, None] > 0, -jnp.inf, own)
+  top = jnp.maximum(top, jnp.where(gate[:, None, None] > 0, logits, -jnp.inf).max(-1, keepdims=True))
+  top = jax.lax.stop_gradient(top)  # of those who count: their sum is 1 or more, whatever the dead say
+  weight = jnp.exp(jnp.minimum(logits - top, jnp.log(LOUDEST)))
+  own = jnp.exp(own - top) * (1.0 - gate)[:, None, :, None]
   total = jnp.einsum("bhij,bj->bhi", weight, gate)[..., None] + own
   out = product(weight.astype(v.dtype), v * gate[:, None, :, None].astype(v.dtype))
   return ((out + own * v) / total).astype(v.dtype)
@@ -152,8 +155,12 @@ def _fused(
     return out[..., :dim]
   out = out.astype(jnp.float32)
   own = out[..., dim + 1] * (1.0 - gate[:, None])
-  total = out[..., dim] + own
-  return ((out[..., :dim] + own[..., None] * plain_v) / total[..., None]).astype(plain_v.dtype)
+  total = (out[..., dim] + own)[..., None]
+  out = out[..., :dim] + own[..., None] * plain_v
+  drowned = total < 1 / LOUDEST  # by the dead: what is left is divided, but teaches nothing
+  plain = out / jnp.where(drowned, 1.0, total)
+  rest = jax.lax.stop_gradient(out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny))
+  return jnp.where(drowned, rest, plain).astype(plain_v.dtype)
 
 
 def _append(a: Array, column: Array) -> Array:
@@ -169,7 +176,8 @@ def cls_attention(q: Array, k: Array, *, size: Array | None = None, mask: Array 
     return jax.nn.softmax(logits).mean(1)
   if mask.dtype == bool:
     return jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf)).mean(1)
-  weight = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))) * mask[:, None]
+  top = jax.lax.stop_gradient(jnp.where(mask[:, None] > 0, logits, -jnp.inf).max(-1, keepdims=True))
+  weight = jnp.exp(jnp.minimum(logits - top, jnp.log(LOUDEST))) * mask[:, None]
   return (weight / weight.sum(-1, keepdims=True)).mean(1)
 
 
