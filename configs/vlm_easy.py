@@ -20,7 +20,7 @@ MASK, GATHER = dict(mode="mask"), dict(mode="gather")
 LEARNED: dict[str, Any] = {
   "gumbel": lambda k, n, *_: dict(
     sites=dict(select=dict(reducer="gumbel", place="output", keep=k / n)),
-    loss=dict(keep_ratio=2.0),
+    loss=dict(keep_ratio=50.0),
     optim=FRESH,
     train=MASK,
   ),
@@ -44,7 +44,7 @@ LEARNED: dict[str, Any] = {
         rate="learned",
       ),
     ),
-    loss=dict(budget=20.0, target=0.5),
+    loss=dict(budget=200.0, target=0.5),
     optim=dict(multipliers=((r".*/rate/.*", 100.0),)),
     train=MASK,
   ),
@@ -73,6 +73,8 @@ def reduced(config: ConfigDict, method: str, keep: float) -> bool:
   config.sites = ConfigDict(own.pop("sites", {}))
   for group, fields in own.items():
     config[group].update(fields)
+  if config.train.mode == "mask":  # else what is switched off drowns what is not
+    m.gate_cap = 30.0
   return True
 
 

@@ -103,6 +103,23 @@ def test_a_dead_key_that_drowns_the_living_spoils_nothing(impl, loud):
 
 
 @pytest.mark.parametrize("impl", ["matmul", "fused"])
+def test_a_cap_bounds_what_a_query_learns(impl):
+  """One living key of logit 0, the query itself, and a dead one of ln 9: its share is 1/10, so a cap of 2 leaves a
+  fifth of the gradient, (v_dead - v_own) e_dead / e_own = 9 (5 - 1) = 36, and a cap of 20 all."""
+  q, k, v = (
+    jnp.zeros((1, 1, 2, 1)).at[0, 0, :, 0].set(jnp.asarray(a)) for a in ([1.0, 0.0], [0.0, np.log(9.0)], [1.0, 5.0])
+  )
+
+  def out(gate, cap):
+    return attention.attend(q, k, v, mask=gate, impl=impl, gate_cap=cap)[0, 0, 0, 0]
+
+  gate = jnp.asarray([[1.0, 0.0]])
+  for cap, slope in ((1e6, 36.0), (20.0, 36.0), (2.0, 7.2)):
+    value, gradient = jax.value_and_grad(out)(gate, cap)
+    np.testing.assert_allclose([value, gradient[0, 1]], [1.0, slope], rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["matmul", "fused"])
 def test_garbage_in_dead_keys_reaches_no_living_query(impl):
   q, k, v, size = (f32(a) for a in inputs(3))
   dead = ~jnp.asarray(ALIVE)[:, None, :, None]

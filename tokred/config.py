@@ -47,6 +47,7 @@ def default() -> ConfigDict:
       remat=False,  # recompute each block in the backward pass
       dtype="float32",  # of activations: float32, bfloat16; parameters, softmax and ranking stay float32
       attention="auto",  # auto, matmul, fused
+      gate_cap=1e6,  # bounds what queries learn of tokens that are switched off: 30.0 calms a selector's gradients
     )
   )
 

@@ -11,7 +11,9 @@ With e_ij = exp(q_i k_j / sqrt(d)) and w_j >= 0 the weight of key j:
   causal   w_ij = 1 where j does not come after i, else 0
 
 A gate multiplies after the exponential: the gradient then reaches keys that are switched off, which adding log(w) would
-kill, and a dead token keeps itself (Rao et al., 2021, DynamicViT; Chen et al., 2023, DiffRate).
+kill, and a dead token keeps itself (Rao et al., 2021, DynamicViT; Chen et al., 2023, DiffRate).  Where a dead key is
+much louder than all living ones, that gradient tells of a step of 1 what only holds for a tiny one, and drowns all
+others: a query whose living keys have the share s of what all would have learns by min(1, gate_cap s).
 """
 
 import functools
@@ -26,7 +28,7 @@ from tokred.scores import PAGERANK
 from tokred.tokens import Array
 
 IMPLEMENTATIONS = ("auto", "matmul", "fused")
-LOUDEST = 1e6  # what a dead key may weigh against the best living one, in gradients: one that is louder drowns them
+GATE_CAP = 1e6  # as good as none: the authors' epsilon stands there too
 SHARED = -2  # the segment of tokens that all segments of their row see
 
 
@@ -39,6 +41,13 @@ def implementation(name: str) -> str:
   return name
 
 
+def check(name: str, gate_cap: float) -> None:
+  """Raises ValueError where `config.model.attention` or `gate_cap` is not valid."""
+  implementation(name)
+  if not 0.0 < gate_cap <= GATE_CAP:
+    raise ValueError(f"config.model.gate_cap={gate_cap}; valid: above 0, at most {GATE_CAP:g}, which is no bound")
+
+
 def attend(
   q: Array,
   k: Array,
@@ -49,6 +58,7 @@ def attend(
   segment: Array | None = None,
   causal: bool | Array = False,
   impl: str = "auto",
+  gate_cap: float = GATE_CAP,
 ) -> Array:
   """Softmax attention.
 
@@ -63,6 +73,7 @@ def attend(
     causal: whether tokens attend only to those that do not stand behind them; (B, N) int32: that do not have a larger
       number, for tokens that stand in another order.
     impl: "auto", "matmul" or "fused".
+    gate_cap: at most this does a query learn of dead keys against its living ones; at most GATE_CAP.
 
   Returns:
     (B, H, N, d) of the dtype of v.  Rows of dead queries are finite if q, k and v are.
@@ -77,16 +88,26 @@ def attend(
     within = ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == SHARED))[:, None]
   fused = implementation(impl) == "fused"
   if isinstance(causal, bool) and causal and fused and within is None and (mask is None or mask.dtype == bool):
-    return _fused(q, k, v, None if size is None else jnp.log(size), mask, None, causal=True)
+    return _fused(q, k, v, None if size is None else jnp.log(size), mask, None, gate_cap, causal=True)
   if not isinstance(causal, bool) or causal:
     order = jnp.arange(q.shape[2])[None] if isinstance(causal, bool) else causal
     past = (order[:, :, None] >= order[:, None])[:, None]
     within = past if within is None else within & past
   kernel = _fused if fused else _matmul
-  return kernel(q, k, v, None if size is None else jnp.log(size), mask, within)
+  return kernel(q, k, v, None if size is None else jnp.log(size), mask, within, gate_cap)
 
 
-def _matmul(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, within: Array | None) -> Array:
+def _capped(out: Array, share: Array, gate_cap: float) -> Array:
+  """`out` of queries whose living keys have this share of the weight: the same, learnt less from where it is small."""
+  if gate_cap >= GATE_CAP:
+    return out
+  learns = jnp.minimum(1.0, gate_cap * jax.lax.stop_gradient(share))
+  return learns * out + jax.lax.stop_gradient((1.0 - learns) * out)
+
+
+def _matmul(
+  q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, within: Array | None, gate_cap: float
+) -> Array:
   gate = mask if mask is not None and mask.dtype != bool else None
   k, v = (a if a.shape[1] == q.shape[1] else jnp.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
   logits = jnp.einsum("bhid,bhjd->bhij", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
@@ -108,16 +129,17 @@ def _matmul(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None
   top = jnp.where(gate[:, None, :, None] > 0, -jnp.inf, own)
   top = jnp.maximum(top, jnp.where(gate[:, None, None] > 0, logits, -jnp.inf).max(-1, keepdims=True))
   top = jax.lax.stop_gradient(top)  # of those who count: their sum is 1 or more, whatever the dead say
-  weight = jnp.exp(jnp.minimum(logits - top, jnp.log(LOUDEST)))
+  weight = jnp.exp(jnp.minimum(logits - top, jnp.log(GATE_CAP)))
   own = jnp.exp(own - top) * (1.0 - gate)[:, None, :, None]
   total = jnp.einsum("bhij,bj->bhi", weight, gate)[..., None] + own
   out = product(weight.astype(v.dtype), v * gate[:, None, :, None].astype(v.dtype))
-  return ((out + own * v) / total).astype(v.dtype)
+  return _capped((out + own * v) / total, total / (weight.sum(-1, keepdims=True) + own), gate_cap).astype(v.dtype)
 
 
 def _fused(
-  q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, within: Array | None, causal: bool = False
-) -> Array:
+  q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, within: Array | None, gate_cap: float,
+  causal: bool = False,
+) -> Array:  # fmt: skip
   gate = mask if mask is not None and mask.dtype != bool else None
   if gate is not None and k.shape[1] != q.shape[1]:
     k, v = (jnp.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
@@ -156,9 +178,10 @@ def _fused(
   out = out.astype(jnp.float32)
   own = out[..., dim + 1] * (1.0 - gate[:, None])
   total = (out[..., dim] + own)[..., None]
+  share = total / (1.0 - out[..., dim + 1] * gate[:, None])[..., None]  # who lives has itself among the keys
   out = out[..., :dim] + own[..., None] * plain_v
-  drowned = total < 1 / LOUDEST  # by the dead: what is left is divided, but teaches nothing
-  plain = out / jnp.where(drowned, 1.0, total)
+  drowned = total < 1 / GATE_CAP  # by the dead: what is left is divided, but teaches nothing
+  plain = _capped(out / jnp.where(drowned, 1.0, total), share, gate_cap)
   rest = jax.lax.stop_gradient(out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny))
   return jnp.where(drowned, rest, plain).astype(plain_v.dtype)
 
@@ -177,7 +200,7 @@ def cls_attention(q: Array, k: Array, *, size: Array | None = None, mask: Array 
   if mask.dtype == bool:
     return jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf)).mean(1)
   top = jax.lax.stop_gradient(jnp.where(mask[:, None] > 0, logits, -jnp.inf).max(-1, keepdims=True))
-  weight = jnp.exp(jnp.minimum(logits - top, jnp.log(LOUDEST))) * mask[:, None]
+  weight = jnp.exp(jnp.minimum(logits - top, jnp.log(GATE_CAP))) * mask[:, None]
   return (weight / weight.sum(-1, keepdims=True)).mean(1)
 
 

@@ -50,6 +50,7 @@ class Attention(nn.Module):
   dtype: Any = jnp.float32
   impl: str = "auto"
   norm_eps: float = 1e-6
+  gate_cap: float = attention.GATE_CAP
 
   def setup(self) -> None:
     self.qkv = Projection(self.num_heads, self.qkv_bias, self.dtype)
@@ -71,7 +72,8 @@ class Attention(nn.Module):
     self, q: Array, k: Array, v: Array, size: Array | None, mask: Array | None, segment: Array | None = None
   ) -> Array:
     """Each query's average of the values, (B, N, H, d)."""
-    return attention.attend(q, k, v, size=size, mask=mask, segment=segment, impl=self.impl).swapaxes(1, 2)
+    kinds = dict(impl=self.impl, gate_cap=self.gate_cap)
+    return attention.attend(q, k, v, size=size, mask=mask, segment=segment, **kinds).swapaxes(1, 2)
 
   def out(self, heads: Array) -> Array:
     """(B, N, H, d) to (B, N, D)."""
@@ -168,7 +170,8 @@ class Block(nn.Module):
     size = tokens.size if self.sites.proportional(layer, mode) else None
     if size is not None and mask is not None and mask.dtype == bool:
       size = jnp.where(mask, size, 1.0)
-    attend = Attention(shape.width, shape.num_heads, c.qkv_bias, c.qk_norm, dtype, c.attention, c.norm_eps, name="attn")
+    kinds = (c.qkv_bias, c.qk_norm, dtype, c.attention, c.norm_eps, c.gate_cap)
+    attend = Attention(shape.width, shape.num_heads, *kinds, name="attn")
     norm = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="norm1")
     q, k, v = attend(norm(tokens.x))
     if c.position == "rope2d":

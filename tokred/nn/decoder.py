@@ -18,8 +18,8 @@ from flax import struct
 from tokred import tokens as tk
 from tokred.config import nearest
 from tokred.layout import Sites
+from tokred.nn import attention as kernels
 from tokred.nn import budget
-from tokred.nn.attention import implementation
 from tokred.nn.block import ACTIVATIONS
 from tokred.nn.budget import Census
 from tokred.nn.cache import Cache, filled
@@ -50,11 +50,13 @@ class Decoder(nn.Module):
   dtype: str = "float32"  # of activations; norms, softmax and ranking stay float32
   param_dtype: str = "float32"
   attention: str = "auto"
+  gate_cap: float = kernels.GATE_CAP
 
   def setup(self) -> None:
     s, kinds = self.shape, dict(dtype=jnp.dtype(self.dtype), param_dtype=jnp.dtype(self.param_dtype))
     self.embed = nn.Embed(s.vocab, s.width, **kinds)
-    self.block = [Block(s, self.sites, layer, **kinds, attention=self.attention) for layer in range(s.depth)]
+    mix = dict(impl=self.attention, gate_cap=self.gate_cap)
+    self.block = [Block(s, self.sites, layer, **kinds, **mix) for layer in range(s.depth)]
     self.norm = nn.RMSNorm(epsilon=s.norm_eps, **kinds)
     if not s.tied:
       product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
@@ -267,7 +269,7 @@ def _counted(mask: Array, protected: Array) -> Census:
 
 def make(
   shape: Shape, sites: Mapping[str, Any] | None = None, *, dtype: str = "float32", param_dtype: str = "float32",
-  attention: str = "auto",
+  attention: str = "auto", gate_cap: float = kernels.GATE_CAP,
 ) -> Decoder:  # fmt: skip
   """The module of these sizes and `config.sites`; every error of either is raised here.
 
@@ -287,9 +289,9 @@ def make(
   for field, kind in (("dtype", dtype), ("param_dtype", param_dtype)):
     if kind not in DTYPES:
       raise ValueError(f"{field}={kind!r} is unknown; {nearest(kind, DTYPES)}")
-  implementation(attention)
+  kernels.check(attention, gate_cap)
   placed = budget.layout(sites or {}, shape.depth, shape.max_length)
   for spot in placed.spots:
     if (heads := dict(spot.options).get("heads", 0)) != shape.num_kv_heads and spot.reducer == "attention_gate":
       raise ValueError(f"sites.{spot.site}.heads={heads}; valid: {shape.num_kv_heads}, those of keys and values")
-  return Decoder(shape, placed, dtype, param_dtype, attention)
+  return Decoder(shape, placed, dtype, param_dtype, attention, gate_cap)

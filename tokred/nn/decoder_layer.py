@@ -139,7 +139,8 @@ class Block(nn.Module):
   layer: int
   dtype: Any
   param_dtype: Any
-  attention: str
+  impl: str
+  gate_cap: float
 
   def setup(self) -> None:
     kinds, s = dict(dtype=self.dtype, param_dtype=self.param_dtype), self.shape
@@ -162,17 +163,18 @@ class Block(nn.Module):
     soft = jnp.issubdtype(tokens.mask.dtype, jnp.floating)  # a gate learns from what the dead would have given
     there, order = (tokens.mask, tokens.feats[INDEX]) if soft else (None, True)
     holds = self._gates(tokens, keeps, train, mode, aux)
+    mix = functools.partial(attention.attend, impl=self.impl, gate_cap=self.gate_cap)
     if places is not None:
       there, segment = (places.there, None) if places.segment is None else (None, places.segment)
-      heads = attention.attend(q, k, v, mask=there, segment=segment, causal=True, impl=self.attention)
+      heads = mix(q, k, v, mask=there, segment=segment, causal=True)
       heads = places.mean(heads, tokens.x.shape[1])
     elif holds is None:
       segment = tokens.feats.get(SEGMENT)
       if segment is not None and not soft:
         segment = jnp.where(tokens.alive, segment, -1)
-      heads = attention.attend(q, k, v, mask=there, segment=segment, causal=order, impl=self.attention)
+      heads = mix(q, k, v, mask=there, segment=segment, causal=order)
     else:
-      heads = gated(q, k, v, holds, there, tokens.feats[INDEX], self.attention)
+      heads = gated(mix, q, k, v, holds, there, tokens.feats[INDEX])
     update = self.attn.out(heads)
     feats = {name: value for name, value in tokens.feats.items() if name.startswith("state/")}
     feats |= {n: FEATURES[n](q, k, v, **_rows(tokens, last)) for n in budget.needs(self.sites, self.layer)}

@@ -9,7 +9,6 @@ from flax import struct
 
 from tokred import tokens as tk
 from tokred.layout import Spot
-from tokred.nn import attention
 from tokred.rates import Rows, Threshold
 from tokred.tokens import APPENDED, Array, Tokens
 
@@ -83,17 +82,17 @@ def one_more(x: Array, spot: Spot, route: Array | None) -> tuple[Tokens, dict[st
   return tokens, {spot.site: (keep,) * (spot.index + 1)}
 
 
-def gated(q: Array, k: Array, v: Array, gate: Array, mask: Array | None, order: Array, impl: str) -> Array:
+def gated(mix: Any, q: Array, k: Array, v: Array, gate: Array, mask: Array | None, order: Array) -> Array:
   """Attention to keys that each head holds or has evicted; a token always sees itself.
 
   Args:
+    mix: `attention.attend`.
     q: (B, H, N, d).
     k: (B, heads, N, d); so is v.
     v: see k.
     gate: (B, heads, N) float32, 1 held and 0 evicted, straight-through.
     mask: (B, N) float32 gates of the tokens; None: all alive, or behind the living.
     order: (B, N) int32 places in the sequence.
-    impl: see `attention.attend`.
 
   Returns:
     (B, H, N, d).
@@ -102,5 +101,5 @@ def gated(q: Array, k: Array, v: Array, gate: Array, mask: Array | None, order: 
   gate = gate if mask is None else gate * mask[:, None]
   flat = lambda a: a.reshape(batch * heads, -1, n, dim)  # noqa: E731
   order = jnp.repeat(order, heads, axis=0)
-  out = attention.attend(flat(q), flat(k), flat(v), mask=gate.reshape(batch * heads, n), causal=order, impl=impl)
+  out = mix(flat(q), flat(k), flat(v), mask=gate.reshape(batch * heads, n), causal=order)
   return out.reshape(q.shape)

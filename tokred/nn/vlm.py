@@ -368,7 +368,8 @@ def make(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any]) -> VL
   seen, read, policy = split(sites)
   sizes, text = vit.shape(config.model), language(config.llm)
   tower = vit.make(config.model, seen)
-  llm = decoder.make(text, read, dtype=config.model.dtype, attention=config.model.attention)
+  kinds = dict(dtype=config.model.dtype, attention=config.model.attention, gate_cap=config.model.gate_cap)
+  llm = decoder.make(text, read, **kinds)
   if not 0 <= config.llm.image_token < text.vocab:
     raise ValueError(f"config.llm.image_token={config.llm.image_token}; valid: 0 to {text.vocab - 1}, the vocabulary")
   if sizes.num_classes:
