@@ -20,14 +20,14 @@ SLOW = (
   "test_alarms", "test_bad_input", "test_calibrate", "test_cli", "test_configs", "test_criteria", "test_demo",
   "test_export", "test_export_formats",
   "test_finetune", "test_foreign", "test_fusion", "test_generate", "test_golden", "test_kills", "test_laws",
-  "test_llm_sites", "test_loading", "test_loop", "test_mctf", "test_notebook", "test_pairs", "test_readme",
+  "test_llm_sites", "test_loading", "test_loop", "test_mctf", "test_notebook", "test_onnx", "test_pairs", "test_readme",
   "test_recover", "test_routing", "test_spa",
   "test_sweep", "test_two_processes",
   "test_anyres", "test_arank", "test_bench_vlm", "test_conversations", "test_every_reducer", "test_export_vlm",
   "test_learned_cuts",
   "test_learned_shares", "test_merging", "test_methods", "test_projectors", "test_qwen", "test_recorded",
   "test_recorded_routers", "test_routers", "test_scoring", "test_segments", "test_selection", "test_training",
-  "test_video", "test_vlm", "test_vlm_reduce", "test_huggingface", "test_vlm_files",
+  "test_video", "test_vit", "test_vlm", "test_vlm_reduce", "test_huggingface", "test_vlm_files",
 )  # fmt: skip
 
 # The longest files first: a worker takes a file at a time, and the last one should not wait for a long one.

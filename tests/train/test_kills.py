@@ -73,7 +73,7 @@ def whole(cached_environment, tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.thorough)])
 def test_kills(kills, whole, cached_environment, tmp_path):
   chance, saves_hit, codes = random.Random(0), 0, []
   moments = sorted(chance.sample(range(6, STEPS - 40), kills))  # far enough from the end to come in time

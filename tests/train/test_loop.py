@@ -215,7 +215,11 @@ def test_accumulation_changes_rounding_only(one_device, tmp_path):
   micro.assert_close(micro.state(tmp_path / "1"), micro.state(tmp_path / "4"), atol=1e-6)
 
 
-def test_eight_devices_equal_one(one_device, stop_at, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+  ("axes", "stop"),
+  [(dict(data=2, fsdp=2, tensor=2), 2), pytest.param(dict(data=8), 4, marks=pytest.mark.thorough)],
+)
+def test_eight_devices_equal_one(axes, stop, one_device, stop_at, monkeypatch, tmp_path):
   """A model with a reducer of each family; eight devices may hand over to one in the middle."""
   config = micro.config(
     EVERY_FAMILY,
@@ -226,18 +230,17 @@ def test_eight_devices_equal_one(one_device, stop_at, monkeypatch, tmp_path):
   )
   train(config, tmp_path / "one")
   one = micro.state(tmp_path / "one")
-  for name, axes, stop in (("data", dict(data=8), 2), ("all", dict(data=2, fsdp=2, tensor=2), 4)):
-    eight = complete(config)
-    eight.mesh.update(axes)
-    stop_at(stop)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-      patch.setattr(sharding, "make_mesh", one_device)
-      train(eight, tmp_path / name)
-    stop_at(None)
-    train(config, tmp_path / name)
-    micro.assert_close(one, micro.state(tmp_path / name), atol=2e-6)
-    for a, b in zip(micro.metrics(tmp_path / "one"), micro.metrics(tmp_path / name), strict=True):
-      assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+  eight = complete(config)
+  eight.mesh.update(axes)
+  stop_at(stop)
+  with monkeypatch.context() as patch, pytest.raises(Stopped):
+    patch.setattr(sharding, "make_mesh", one_device)
+    train(eight, tmp_path / "eight")
+  stop_at(None)
+  train(config, tmp_path / "eight")
+  micro.assert_close(one, micro.state(tmp_path / "eight"), atol=2e-6)
+  for a, b in zip(micro.metrics(tmp_path / "one"), micro.metrics(tmp_path / "eight"), strict=True):
+    assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
 def test_a_sharded_state_is_sharded(one_device):

@@ -113,6 +113,7 @@ def test_another_projector_is_drawn_anew_and_the_teacher_keeps_its_own(talks, st
   np.testing.assert_array_equal(one["llm/embed/embedding"], two["llm/embed/embedding"])
 
 
+@pytest.mark.thorough  # the loop is that of tests/train/test_loop.py
 def test_resuming_equals_not_stopping(talks, tmp_path):
   fields = dict(train__checkpoint_every=1, optim__warmup_steps=0)
   whole = train(recipe(talks, **fields), tmp_path / "whole")

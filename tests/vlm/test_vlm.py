@@ -64,7 +64,7 @@ def forward(module, params, known=None, mode="gather", **inputs):
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name not in ("merge", "virtual"))) for name in SITES]
+  "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name != "virtual")) for name in SITES]
 )
 def test_masked_is_gathered_alone_is_together_and_decoding_is_recomputing(name):
   module, params = model(name), parameters()
