@@ -50,7 +50,8 @@ from tokred.config import arguments
 # What decides starts from nothing beside weights that know their task: DynamicViT's authors give it 100 times the
 # learning rate of the backbone.
 FRESH = dict(optim=dict(multipliers=((r".*/reduce/.*", 20.0),)))
-RATE = dict(optim=dict(multipliers=((r".*/rate/.*", 100.0),)), loss=dict(budget=20.0), freeze=0.4, tune=True)
+CALM = dict(model=dict(gate_cap=30.0))  # tokens that are switched off teach less
+RATE = CALM | dict(optim=dict(multipliers=((r".*/rate/.*", 100.0),)), loss=dict(budget=20.0), freeze=0.4, tune=True)
 
 
 def _one(reducer: Any, layers: str = "stages", tune: bool = False, **options: Any) -> dict[str, Any]:
@@ -94,11 +95,13 @@ METHODS: dict[str, dict[str, Any]] = {
   "diffrate_alone": dict(sites=dict(tokens=dict(reducer=("topk", "diffrate_merge"), layers="every", rate="learned")))
   | RATE
   | dict(optim=dict(lr=0.01, end_lr=0.001, freeze=(r"^(?!.*/rate/).*",)), freeze=1.0),  # as its authors train it
+  "tome_learned": dict(sites=dict(tokens=dict(reducer="tome", layers="every", rate="learned"))) | RATE,
   "greedy": _one("tome", "every") | dict(search="greedy"),
   "sigmoid": _one("tome", "every") | dict(search="sigmoid"),
   # Selectors
   "dynamicvit": _one("gumbel", tune=True)
   | FRESH
+  | CALM
   | dict(loss=dict(keep_ratio=2.0, distill_logits=0.5, distill_tokens=0.5), train=dict(mode="mask")),
   "avit": _one("avit", "all", tune=True) | dict(loss=dict(ponder=5e-4, halting_prior=1e-3), train=dict(mode="mask")),
   "autoencoder": _one("autoencoder", "once", tune=True, place="before", num_layers=1) | dict(train=dict(mode="mask")),

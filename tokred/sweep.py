@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import matplotlib
+import numpy as np
 from ml_collections import ConfigDict
 
 from tokred import bench, calibrate, loading
@@ -278,7 +279,8 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], list[M
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float, float]:
-  return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+  """NaN where a value is: `statistics` raises there."""
+  return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def _trained(config: ConfigDict, name: str) -> bool:
