@@ -26,7 +26,7 @@ OPTIONS = {  # modules whose options take other ways through the code, and the l
 }
 
 
-EVERYWHERE = ("topk",)  # in every state and dtype; the others in one
+EVERYWHERE = ()  # in every state and dtype; the others in one, and in all when thorough
 EXCEPT = {  # laws that a method breaks by what it is
   "ats": (1, 6, 10),  # samples a different number for every image, fewer than all even where all are allowed
   "avit": (1, 2, 4, 5, 6, 7),  # CLS halts too, and what stopped stays in its place; tests/test_routing.py has its own
