@@ -26,7 +26,6 @@ OPTIONS = {  # modules whose options take other ways through the code, and the l
 }
 
 
-EVERYWHERE = ()  # in every state and dtype; the others in one, and in all when thorough
 EXCEPT = {  # laws that a method breaks by what it is
   "ats": (1, 6, 10),  # samples a different number for every image, fewer than all even where all are allowed
   "avit": (1, 2, 4, 5, 6, 7),  # CLS halts too, and what stopped stays in its place; tests/test_routing.py has its own
@@ -54,14 +53,12 @@ RECORDED = {
 
 @pytest.mark.parametrize("name", sorted(set(REGISTRY) - UNFIT - RECORDED))
 def test_registered_reducer_keeps_the_laws(name):
-  numbers = _numbers(name)
-  if name not in EVERYWHERE:  # through a model: tests/test_pairs.py, and the test below
-    numbers = sorted(set(numbers) & {2, 5, 9})
-  check_reducer(REGISTRY[name], laws=numbers, cases=None if name in EVERYWHERE else ("later",))
+  """In one state and dtype; through a model: tests/test_pairs.py, in all: the test below and tests/test_readme.py."""
+  check_reducer(REGISTRY[name], laws=sorted(set(_numbers(name)) & {2, 5, 9}), cases=("later",))
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", sorted(set(REGISTRY) - UNFIT - set(EVERYWHERE)))
+@pytest.mark.parametrize("name", sorted(set(REGISTRY) - UNFIT))
 def test_registered_reducer_keeps_all_laws(name):
   check_reducer(REGISTRY[name], laws=_numbers(name))
 

@@ -73,7 +73,7 @@ def whole(cached_environment, tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.thorough)])
 def test_kills(kills, whole, cached_environment, tmp_path):
   chance, saves_hit, codes = random.Random(0), 0, []
   moments = sorted(chance.sample(range(6, STEPS - 40), kills))  # far enough from the end to come in time
@@ -94,10 +94,9 @@ def test_kills(kills, whole, cached_environment, tmp_path):
     codes.append(process.returncode)
     if process.returncode == 143:
       assert f"SIGTERM: saved step {checkpoint.steps(tmp_path / checkpoint.FOLDER)[-1]} of {STEPS}" in err
-  assert codes.count(-kill) == kills // 2 and set(codes) <= {-kill, 143, -ask}, (
-    codes
-  )  # -SIGTERM: it was not in the loop yet
-  assert saves_hit >= kills // 4
+  assert codes.count(-kill) == kills // 2, codes
+  assert set(codes) <= {-kill, 143, -ask}, codes  # -SIGTERM: it was not in the loop yet
+  assert saves_hit >= 3 * kills // 10
   process = start(tmp_path, cached_environment)
   _, err = process.communicate(timeout=DEADLINE)
   assert process.returncode == 0, err

@@ -25,6 +25,7 @@ from tokred.nn.budget import Census
 from tokred.nn.cache import Cache, filled
 from tokred.nn.decoder_layer import SEGMENT, Block, Past, Shape
 from tokred.nn.decoder_scope import INDEX, SharedRouter
+from tokred.nn.rope import last_position
 from tokred.nn.unmerge import Places
 from tokred.reducers.atp import VISUAL
 from tokred.tokens import APPENDED, Array, Tokens
@@ -180,13 +181,10 @@ class Decoder(nn.Module):
         (a & b).sum(1, dtype=jnp.int32) for a, b in ((mask, protected), (mask, ~protected), (prompt, protected))
       )
       keeps = budget.rows(self.sites, caps, slots, text, free, asked, train)
-    # Decoding goes on at the largest position, on all axes at once, as M-RoPE does.
-    axes = tuple(range(1, tokens.position.ndim))
-    alive = tokens.alive.reshape(*tokens.mask.shape, *(1,) * (tokens.position.ndim - 2))
-    following = jnp.where(alive, tokens.position, -1).max(axes).astype(jnp.int32) + 1
     if places is not None:
       places = places.replace(owner=jnp.maximum(tk.take(tokens.owner, places.owner), 0))
-      following = places.last + 1
+    last_place = last_position(tokens.position, tokens.alive) if places is None else places.last
+    following = last_place + 1
     aux: dict[str, Any] = {}
     past: list[tuple[Any, ...]] = []
     for layer, block in enumerate(self.block):

@@ -88,6 +88,20 @@ class Rope:
     return place * self.frequencies(dim)
 
 
+def last_position(position: Array, there: Array) -> Array:
+  """The largest position over all tokens and axes; decoding goes on behind it, on all axes at once, as M-RoPE does.
+
+  Args:
+    position: (B, N[, axis]) int32.
+    there: (B, N) bool, which tokens count.
+
+  Returns:
+    (B,) int32; -1 in a row without tokens.
+  """
+  there = there.reshape(*there.shape, *(1,) * (position.ndim - 2))
+  return jnp.where(there, position, -1).max(tuple(range(1, position.ndim))).astype(jnp.int32)
+
+
 def rotate(x: Array, angle: Array) -> Array:
   """Channels i and i + d / 2 of each head turned together, in float32.
 

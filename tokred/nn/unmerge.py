@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokred import tokens as tk
+from tokred.nn.rope import last_position
 from tokred.tokens import Array
 
 
@@ -27,9 +28,8 @@ class Places:
 
   @property
   def last(self) -> Array:
-    """The largest position, over all axes: (B,) int32; -1 in a row without tokens."""
-    there = self.there.reshape(*self.there.shape, *(1,) * (self.position.ndim - 2))
-    return jnp.where(there, self.position, -1).max(tuple(range(1, self.position.ndim))).astype(jnp.int32)
+    """See `last_position`."""
+    return last_position(self.position, self.there)
 
   def expand(self, a: Array) -> Array:
     """Everyone at all of its places: (B, H, M, d) to (B, H, S, d)."""
