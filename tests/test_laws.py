@@ -18,11 +18,12 @@ from tokred.testing import LAWS, LawError, cases, check_reducer, laws
 from tokred.testing.cases import ModelCase
 from tokred.tokens import Plan, compact, fold, inverse, straight_through
 
-OPTIONS = {  # modules whose options take other ways through the code, and the laws that these meet
-  "fuse": (TopK(fuse=True), (3, 5, 6, 7)),
-  "raster": (TopK(raster=True, score="key_norm"), (7,)),
-  "norm": (TopK(score="token_norm"), (10,)),
-  "alone": (SPA(group=1), (2, 5, 9)),
+LATER = ("later", "ragged")
+OPTIONS = {  # modules whose options take other ways through the code, the laws that these meet, and in which states
+  "fuse": (TopK(fuse=True), (3, 5, 6, 7), LATER),
+  "raster": (TopK(raster=True, score="key_norm"), (7,), LATER),
+  "norm": (TopK(score="token_norm"), (10,), ("bfloat16",)),
+  "alone": (SPA(group=1), (2, 5, 9), LATER),
 }
 
 
@@ -74,8 +75,8 @@ def _numbers(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_keep_the_laws(name):
-  module, numbers = OPTIONS[name]
-  check_reducer(module, laws=numbers)
+  module, numbers, states = OPTIONS[name]
+  check_reducer(module, laws=numbers, cases=states)
 
 
 @pytest.mark.parametrize(
