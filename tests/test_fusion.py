@@ -356,20 +356,24 @@ def test_stvit_begins_as_pooling(grid, pool, seeds):
   np.testing.assert_allclose(out.size[0], [1, 4, 4, 4, 4], rtol=1e-6)
 
 
-def test_stvit_refines_by_attention(grid):
-  """Queries of zero attend evenly to the seeds and the image: the mean of LN over both, through identities."""
+@pytest.mark.parametrize("step, offset", [("refine1", 0.0), ("refine2", 3.0)])
+def test_stvit_refines_by_attention(grid, step, offset):
+  """Queries of zero attend evenly to the seeds and the image: the mean of LN over both, through identities.
+
+  The offset of the second step is in what the queries add to, and not among the keys.
+  """
   reducer = stvit.STViT(pool="avg", layer_scale=0.0)
   params = begin(reducer, grid, 5)
-  first = params["refine1"]
-  attend = jax.tree.map(jnp.zeros_like, first["attn"])
+  attend = jax.tree.map(jnp.zeros_like, params[step]["attn"])
   attend["value"]["kernel"], attend["out"]["kernel"] = jnp.eye(4)[:, None], jnp.eye(4)[None]
-  params = params | {"offset": jnp.zeros((4, 4)), "refine1": first | {"attn": attend, "scale1": jnp.ones(4)}}
+  offsets = jnp.arange(16.0).reshape(4, 4) * offset
+  params = params | {"offset": offsets, step: params[step] | {"attn": attend, "scale1": jnp.ones(4)}}
   out, _ = both(reducer, grid, 5, {"params": params})
   image = np.asarray(grid.x[0, 1:])
   seeds = image.reshape(2, 2, 2, 2, 4).mean((1, 3)).reshape(4, 4)
   every = np.concatenate([seeds, image])
   norm = (every - every.mean(1, keepdims=True)) / np.sqrt(every.var(1, keepdims=True) + 1e-6)
-  np.testing.assert_allclose(out.x[0, 1:], seeds + norm.mean(0), atol=1e-5)
+  np.testing.assert_allclose(out.x[0, 1:], seeds + offsets + norm.mean(0), atol=1e-5)
 
 
 def test_stvit_follows_positions(grid):
@@ -411,6 +415,19 @@ def test_stvit_errors(grid):
     init(grid, jnp.int32(5))
   with pytest.raises(ValueError, match=r"sites.s.pool='mean' is not a pooling"):
     model("public_vit", dict(s=dict(reducer="stvit", layers=(1,), keep=17, pool="mean")))
+
+
+def test_stvit_and_the_grid_that_comes_back():
+  sites = dict(semantic=dict(reducer="stvit", layers=(2,), keep=17), back=dict(reducer="recover", place="output"))
+  module = model("public_vit", sites)
+  outs = {}
+  for mode in MODES:
+    out, _ = jax.jit(functools.partial(module.init_with_output, jax.random.key(0), mode=mode))(
+      jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32)
+    )
+    outs[mode] = out.tokens
+    assert out.tokens.x.shape == (2, 65, 96) and out.tokens.alive.all()
+  np.testing.assert_allclose(outs["mask"].x, outs["gather"].x, atol=1e-4)
 
 
 def test_stvit_in_a_model():

@@ -28,8 +28,7 @@ def test_avit_halts_as_its_authors_do(mode):
   np.testing.assert_allclose(output.logits, arrays["logits"], atol=2e-5)
   running = np.stack(reported(output, "halt", "depth"))
   halting = np.stack(reported(output, "halt", "halting"))
-  before_last = running[:-1] > 0  # the last score is replaced by 1
-  np.testing.assert_allclose(halting[:-1][before_last], arrays["halting_scores"][:-1][before_last], atol=1e-5)
+  np.testing.assert_allclose(halting[running > 0], arrays["halting_scores"][running > 0], atol=1e-5)
   np.testing.assert_allclose(reported(output, "halt", "ponder")[-1], arrays["rho"], atol=1e-5)
   np.testing.assert_array_equal(arrays["depth_counter"], running.sum(0))  # blocks that a token runs through
 
@@ -59,10 +58,12 @@ def test_avit_with_a_capacity_cuts_who_has_halted_most():
 
 def test_halting_prior_by_hand():
   # Mean halting 0.2 and 0.6 are q = (1/4, 3/4); the prior around block 1 is p = (e^-1/2, 1) / (1 + e^-1/2).
-  halting = [jnp.full((2, 3), 0.2), jnp.full((2, 3), 0.6)]
+  # A token that has halted does not count.
+  halting, running = [jnp.full((2, 3), 0.2), jnp.asarray([[0.6, 0.6, 9.0]] * 2)], [jnp.ones((2, 3))] * 2
+  running[1] = jnp.asarray([[1.0, 1.0, 0.0]] * 2)
   p = np.array([np.exp(-0.5), 1.0]) / (1 + np.exp(-0.5))
   wanted = (p * np.log(p / np.array([0.25, 0.75]))).sum()
-  np.testing.assert_allclose(losses.halting_prior(halting, 1.0), wanted, rtol=1e-5)
+  np.testing.assert_allclose(losses.halting_prior(halting, running, 1.0), wanted, rtol=1e-5)
 
 
 @needs_golden
@@ -165,6 +166,71 @@ def test_scope_over_several_blocks():
 def test_scope_errors(sites, words):
   with pytest.raises(ValueError, match=words):
     vit.make(defaults.complete({"model": SMALL}).model, sites)
+
+
+def test_halting_prior_moves_every_block():
+  halt = dict(reducer="avit", layers=(0, 1, 2, 3), scale=1.0, center=1.0)
+  module, params, images = small(dict(halt=halt))
+  weights = defaults.complete(dict(loss=dict(halting_prior=1.0))).loss
+
+  def prior(images):
+    output = module.apply({"params": params}, images, train=True, mode="mask", rngs={"dropout": jax.random.key(0)})
+    return output.tokens, losses.reports(weights, module, output)["halting_prior"]
+
+  def by_hand(images):  # the centre is 2/3 of 4 blocks; h of the last block is its own, not the 1 that ends all
+    output = module.apply({"params": params}, images, train=True, mode="mask", rngs={"dropout": jax.random.key(0)})
+    halting, running = (np.stack(reported(output, "halt", name)) for name in ("halting", "depth"))
+    mean = (halting * running).sum((1, 2)) / running.sum((1, 2))
+    p = np.exp(-0.5 * (np.arange(4) - 8 / 3) ** 2)
+    p, q = np.clip(p / p.sum(), 0.01, 0.99), np.clip(mean / mean.sum(), 0.01, 0.99)
+    return (p * np.log(p / q)).sum(), mean
+
+  wanted, mean = by_hand(images)
+  np.testing.assert_allclose(prior(images)[1], wanted, rtol=1e-5)
+  assert mean[-1] < 0.9  # it was 1 there, and the prior saw nothing else
+
+
+def test_a_capacity_binds_while_a_threshold_learns():
+  # The threshold lets all 17 through, the capacity 8 of 16 and CLS; the gate still learns, and the budget sees 9.
+  site = dict(reducer="topk", score="token_norm", layers=(1,), rate="learned_threshold", softness=1.0, keep=0.5)
+  module, params, images = small(dict(cut=site))
+
+  def cost(params, train):
+    output = module.apply({"params": params}, images, train=train, mode="mask", rngs={"dropout": jax.random.key(0)})
+    return losses.macs(module, output), (output.tokens.alive.sum(1), reported(output, "cut", "count")[0])
+
+  grads, (alive, count) = jax.jit(jax.grad(lambda p: cost(p, True), has_aux=True))(params)
+  assert alive.tolist() == [9, 9] and count == 9.0
+  assert cost(params, False)[1][0].tolist() == [9, 9]
+  assert grads["block_1"]["reduce"]["cut"]["rate"]["value"] != 0.0
+
+
+def test_a_learned_rate_is_charged_for_what_it_can_do():
+  # Every rate asks for 1 patch and CLS.  ToMe can merge half of what may go: 16 patches, 8, 4, 2 beside CLS.
+  module, params, images = small(dict(merge=dict(reducer="tome", layers=(0, 1, 2), rate="learned")))
+  for layer in range(3):
+    rate = params[f"block_{layer}"]["reduce"]["merge"]["rate"]
+    rate["logits"] = jnp.zeros_like(rate["logits"]).at[-1].set(50.0)
+  output = jax.jit(lambda p: module.apply({"params": p}, images, mode="mask"))(params)
+  assert [float(count) for count in reported(output, "merge", "count")] == [9.0, 5.0, 3.0]
+  assert output.tokens.alive.sum(1).tolist() == [3, 3]
+  full = defaults.complete(dict(model=SMALL, sites=dict(merge=dict(reducer="tome", layers=(0, 1, 2), rate="learned"))))
+  frozen = tokred.freeze(dataclasses.replace(tokred.build(full), params=params))
+  assert frozen.counts == (9, 5, 3, 3) and losses.macs(module, output) == pytest.approx(frozen.macs)
+
+
+def test_a_threshold_does_not_stop_a_decision_from_learning():
+  site = dict(reducer="dyt", layers=(1,), rate="threshold", threshold=0.0, keep=1.0, hidden=4)
+  module, params, images = small(dict(skip=site))
+  weights = defaults.complete(dict(loss=dict(global_ratio=1.0))).loss
+  rngs = {"dropout": jax.random.key(0), "reduce": jax.random.key(1)}
+
+  def loss(params):
+    output = module.apply({"params": params}, images, train=True, mode="mask", rngs=rngs)
+    return losses.reports(weights, module, output)["global_ratio"]
+
+  grads = jax.jit(jax.grad(loss))(params)["block_1"]["reduce"]["skip"]["dyt"]["dispatcher"]
+  assert np.abs(grads["kernel"]).max() > 0
 
 
 def test_learned_threshold_trains_freezes_and_ships():

@@ -202,7 +202,7 @@ def default() -> ConfigDict:
       temperature=1.0,  # of distill_logits
       target=0.5,  # budget: what the reduced model shall cost, in `target_unit`
       target_unit="fraction",  # of the dense multiply-adds; gflops, gmacs; tokens: mean of those that leave the blocks
-      halting_depth=8.0,  # in blocks
+      halting_depth=2 / 3,  # share of the blocks: the authors' 8 of 12
       confidence=0.0,  # consistency: only for images whose label the model gives more than this probability
       less=-1,  # the less reduced pass: -1 without sites; r: each of their spots removes up to r tokens, drawn anew
     )

@@ -120,14 +120,16 @@ def global_ratio(shares: Sequence[Array], targets: Sequence[float]) -> Array:
   return jnp.square(jnp.stack(shares).mean() - sum(targets) / len(targets))
 
 
-def halting_prior(halting: Sequence[Array], depth: float) -> Array:
+def halting_prior(halting: Sequence[Array], running: Sequence[Array], depth: float) -> Array:
   """KL of the prior N(depth, 1) over blocks and the mean halting probabilities.  (A-ViT, arXiv:2112.07658)
 
   Args:
-    halting: (B, N) of each block.
+    halting: (B, N) of each block, of the last one too, although it halts whatever is left.
+    running: (B, N) float32 of each block, 1 for tokens that run through it.  The authors average over those that have
+      halted too, which hold what a block makes of zeros.
     depth: centre of the prior, counted from 0.
   """
-  mean = jnp.stack([h.mean() for h in halting])
+  mean = jnp.stack([mean_of(h, runs > 0) for h, runs in zip(halting, running, strict=True)])
   q = jnp.clip(mean / mean.sum(), 0.01, 0.99)
   p = jnp.exp(-0.5 * jnp.square(jnp.arange(len(halting)) - depth))
   p = jnp.clip(p / p.sum(), 0.01, 0.99)
@@ -288,8 +290,10 @@ def reports(config: ConfigDict, module: Any, output: Any) -> dict[str, Array]:
     ponder = max(named("ponder").items(), key=lambda item: item[0].layer)[1]
     out["ponder"] = ponder.mean()
   if config.halting_prior:
-    halting = {spot.layer: value for spot, value in named("halting").items()}
-    out["halting_prior"] = halting_prior([halting[layer] for layer in sorted(halting)], config.halting_depth)
+    halting, running = named("halting"), named("depth")
+    layers = sorted(halting, key=lambda spot: spot.layer)
+    values = ([each[spot] for spot in layers] for each in (halting, running))
+    out["halting_prior"] = halting_prior(*values, config.halting_depth * len(layers))
   if config.router:
     score, chosen, free = (named(name) for name in ("score", "chosen", "free"))
     out["router"] = router([score[spot] for spot in chosen], list(chosen.values()), list(free.values()))

@@ -96,7 +96,10 @@ class Step(nn.Module):
         rows = rates.Rows(count, tokens.x.shape[1])
         tokens, report = reducer(tokens, rows, train=train, mode=mode, survival=survival if train else None)
         return tokens, report | {"count": count.astype(jnp.float32).mean(), "share": share}
-      count, survival = rates.Learned(spot.candidates, spot.protected, name="rate")(tokens.x.shape[1])
+      n = tokens.x.shape[1]
+      count, survival = rates.Learned(spot.candidates, spot.protected, name="rate")(n)
+      fewest = jnp.asarray([reducer.fewest(arriving, spot.protected) for arriving in range(n + 1)], jnp.float32)
+      count = jnp.maximum(count, fewest[tokens.alive.sum(1).max()])  # what is asked below that does not happen
       tokens, report = reducer(
         tokens, count.astype(jnp.int32), train=train, mode=mode, survival=survival if train else None
       )

@@ -40,14 +40,15 @@ class AViT(Reducer):
     total, rest = feats.get("state/halting", zeros), feats.get("state/remainder", zeros + 1.0)
     output, ponder = feats.get("state/output", jnp.zeros_like(x)), feats.get("state/ponder", zeros)
     last = self.layer == self.depth - 1
-    halting = jnp.ones_like(total) if last else jax.nn.sigmoid(self.scale * x[..., 0] - self.center)
+    score = jax.nn.sigmoid(self.scale * x[..., 0] - self.center)
+    halting = jnp.ones_like(total) if last else score
     stopped = total >= 1.0 - self.eps  # in an earlier layer
     total = total + halting
     stops, goes_on = running * (total > 1.0 - self.eps), running * (total < 1.0 - self.eps)
     output = output + x * (stops * rest + goes_on * halting)[..., None]
     ponder = ponder + running + stops * rest
     rest = rest - goes_on * halting
-    report = {"halting": halting, "ponder": ponder, "depth": running}
+    report = {"halting": score, "ponder": ponder, "depth": running}
     if last:
       there = jnp.maximum(running, (stopped | tokens.protected).astype(jnp.float32))
       return tokens.replace(x=output.astype(tokens.x.dtype), mask=jax.lax.stop_gradient(there)), report

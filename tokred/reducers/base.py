@@ -147,12 +147,14 @@ class Planner(Reducer):
     if isinstance(keep, LearnedThreshold):
       _, report = self.plan(tokens, keep.capacity, train=False)
       gate, count = keep(tokens, report["score"])
-      plan, report = self.plan(tokens, jnp.minimum(count, keep.capacity).astype(jnp.int32), train=False)
-      plan = plan.replace(gate=gate) if train else plan
+      count = straight_through(jnp.minimum(count, keep.capacity), count)  # where too many pass, it may still rise
+      plan, report = self.plan(tokens, count.astype(jnp.int32), train=False)
+      plan = plan.replace(gate=straight_through((plan.gate > 0) & tokens.alive, gate)) if train else plan
       return finish_rows(tokens, plan, keep.capacity, mode), report | {"count": count.mean()}
     if isinstance(keep, Threshold):
-      _, report = self.plan(tokens, keep.capacity, train=False)
-      plan, report = self.plan(tokens, keep.count(tokens, report["score"]), train=False)
+      plan, report = self.plan(tokens, keep.capacity, train=train)
+      if not train or "kept_share" not in report:  # else it samples a decision of its own, which is to learn
+        plan, report = self.plan(tokens, keep.count(tokens, report["score"]), train=False)
       return finish_rows(tokens, plan, keep.capacity, mode), report
     if isinstance(keep, Rows):
       plan, report = self.plan(tokens, keep.count, train=train)

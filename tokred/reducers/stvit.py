@@ -35,36 +35,35 @@ def cells(grid: tuple[int, int], side: int) -> np.ndarray:
 
 
 class Refine(nn.Module):
-  """s <- s + g1 MHA(LN(s), LN([s, x]));  s <- s + g2 MLP(LN(s)), with LayerScale g.
+  """q <- q + g1 MHA(LN(q), LN([s, x]));  q <- q + g2 MLP(LN(q)), with LayerScale g.
 
-  (B, K, D) and (B, N, D) to (B, K, D), float32.
+  (B, K, D), (B, K, D) and (B, N, D) to (B, K, D), float32.
   """
 
   num_heads: int
   layer_scale: float
 
   @nn.compact
-  def __call__(self, s: Array, x: Array, free: Array) -> Array:
+  def __call__(self, q: Array, s: Array, x: Array, free: Array) -> Array:
     """free: (B, N) bool, the image tokens that may be attended to."""
-    width = s.shape[-1]
-    norm = lambda name: nn.LayerNorm(epsilon=1e-6, name=name)  # noqa: E731
+    width, norm1 = q.shape[-1], nn.LayerNorm(epsilon=1e-6, name="norm1")
     scale = lambda name: self.param(name, nn.initializers.constant(self.layer_scale), (width,), jnp.float32)  # noqa: E731
-    both = norm("norm_keys")(jnp.concatenate([s, x], axis=1))
+    both = norm1(jnp.concatenate([s, x], axis=1))
     mask = jnp.concatenate([jnp.ones(s.shape[:2], bool), free], axis=1)[:, None, None]
     attend = nn.MultiHeadDotProductAttention(self.num_heads, name="attn")
-    s = s + scale("scale1") * attend(norm("norm1")(s), both, mask=mask)
-    h = nn.gelu(nn.Dense(4 * width, name="fc1")(norm("norm2")(s)), approximate=False)
-    return s + scale("scale2") * nn.Dense(width, name="fc2")(h)
+    q = q + scale("scale1") * attend(norm1(q), both, mask=mask)
+    h = nn.gelu(nn.Dense(4 * width, name="fc1")(nn.LayerNorm(epsilon=1e-6, name="norm2")(q)), approximate=False)
+    return q + scale("scale2") * nn.Dense(width, name="fc2")(h)
 
 
 @register("stvit")
 class STViT(Reducer):
-  """K semantic tokens, K a square: s = pool(x) to sqrt(K) x sqrt(K);  s <- Refine(s, x);  s <- Refine(s + G, x).
+  """K semantic tokens, K a square: s = pool(x) to sqrt(K) x sqrt(K);  s <- Refine(s, s, x);  s <- Refine(s + G, s, x).
 
   G (K, D) is learned, a global offset of each cluster.  `keep` counts the prefix tokens too, which pass unchanged and
   stand first: 17 with CLS gives 16.  A source token is owned by the (first) cell that it was pooled into, whose share
-  of the sizes is even.  The authors' recovery attends from image tokens that this reducer does not keep; a recovering
-  reducer of another file brings the grid back.
+  of the sizes is even.  The grid comes back by `recover`: its queries are learned, where those of the authors' Swin are
+  the image tokens.
   """
 
   conserves: ClassVar[bool] = False  # made by attention, not by averaging
@@ -117,9 +116,9 @@ class STViT(Reducer):
       s = jnp.where(member[..., None], x[:, None], -jnp.inf).max(2)
       s = jnp.where(member.any(-1)[..., None], s, 0.0)
     heads = self.num_heads or max(width // 64, 1)
-    s = Refine(heads, self.layer_scale, name="refine1")(s, x, free)
+    s = Refine(heads, self.layer_scale, name="refine1")(s, s, x, free)
     offset = self.param("offset", nn.initializers.normal(0.02), (side * side, width), jnp.float32)
-    s = Refine(heads, self.layer_scale, name="refine2")(s + offset, x, free)
+    s = Refine(heads, self.layer_scale, name="refine2")(s + offset, s, x, free)
 
     out = transform(tokens, *seats(tokens, share, keep, mode))
     count = out.protected.sum(1, keepdims=True)
