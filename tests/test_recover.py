@@ -43,9 +43,9 @@ def test_autoencoder_loss():
   z = jnp.zeros((1, 4, 2))
   again = jnp.asarray([[[9.0, 9.0], [1.0, -1.0], [0.0, 2.0], [0.0, 0.0]]])
   y, free = jnp.asarray([[1.0, 1.0, 0.0, 0.0]]), jnp.asarray([[False, True, True, True]])
-  out = autoencoder.Autoencoder(parent=None).loss(z, again, y, free)
+  out = autoencoder.Autoencoder(parent=None).loss(z, again, y, free, 0.5)
   np.testing.assert_allclose([out["loss"][0], out["error"][0], out["kept"][0]], [1.25, 1.0, 1 / 3], rtol=1e-6)
-  out = autoencoder.Autoencoder(share=0.2, parent=None).loss(z, again, y, free)
+  out = autoencoder.Autoencoder(parent=None).loss(z, again, y, free, 0.2)
   np.testing.assert_allclose(out["loss"], 1 + 0.5 / 3, rtol=1e-6)
 
 

@@ -43,8 +43,8 @@ def counts(**named):
     (dict(TOPK, r=2), r"sites.s needs exactly one of keep \(share or number of tokens\) and r"),
     (dict(reducer="topk", layers=(1,)), r"sites.s needs exactly one of keep"),
     (dict(TOPK, rate="threshold"), r"sites.s.threshold is missing: the smallest score that stays"),
-    (dict(TOPK, rate="scheduled"), r"sites.s.rate='scheduled' needs one reducer, keep as a share, and schedule="),
-    (dict(TOPK, keep=9, rate="scheduled", schedule=(0, 9)), r"sites.s.rate='scheduled' needs one reducer"),
+    (dict(TOPK, rate="scheduled"), r"sites.s.rate='scheduled' needs one reducer, keep, and schedule="),
+    (dict(reducer="topk", layers=(1,), r=2, rate="scheduled", schedule=(0, 9)), r"'scheduled' needs one reducer, keep"),
     (dict(reducer="router", layers=(1,), rate="learned"), r"'learned' is not available at place='around'; valid: b"),
     (dict(TOPK, granularity=0), r"sites.s.granularity=0 must be an int of at least 1"),
     (dict(TOPK, granularity=1.5), r"sites.s.granularity=1.5 must be an int"),
@@ -199,6 +199,8 @@ def test_scheduled_counts_fall_from_all_to_keep():
   # half way along the cosine: 0.75 and 0.625 of 15 and 12 patches: 12 + 1, ceil(7.5) + 1
   assert sites.scheduled(config, STACK, 15) == {"s": (13, 9)}
   assert sites.scheduled(config, STACK, 99) == {"s": (9, 3)}
+  config["s"]["keep"] = (9, 5)  # half way from the 16 that arrive: ceil(12.5) and ceil(10.5)
+  assert [sites.scheduled(config, STACK, step)["s"] for step in (0, 15, 20)] == [(16, 16), (13, 11), (9, 5)]
 
 
 def test_share_and_candidates():

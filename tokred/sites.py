@@ -28,6 +28,7 @@ Every other field is an option of the reducer, that is a field of its class.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,16 +51,24 @@ PLACED = frozenset({"layer", "depth"})  # fields of a reducer that its site fill
 
 def scheduled(sites: Mapping[str, Mapping[str, Any]], stack: Stack, step: int) -> dict[str, tuple[int, ...]]:
   """Counts of the sites whose rate is "scheduled" at an optimiser step, by site and spot; an input of the model."""
-  now = {}
-  for name, site in sites.items():
-    now[name] = dict(site)
-    if site.get("rate") == "scheduled":
-      begin, end = site["schedule"]
-      keep = site["keep"] if isinstance(site["keep"], (tuple, list)) else (site["keep"],) * len(site["layers"])
-      now[name]["keep"] = tuple(rates.cosine_keep(value, step, begin, end) for value in keep)
-  spots = parse(now, stack).spots
   moving = [name for name, site in sites.items() if site.get("rate") == "scheduled"]
+  idle = parse(dict(sites) | {name: dict(sites[name]) | {"keep": 1.0} for name in moving}, stack).spots
+  now = dict(sites)
+  for name in moving:
+    site = dict(sites[name])
+    keep = site["keep"] if isinstance(site["keep"], (tuple, list)) else (site["keep"],) * len(site["layers"])
+    arriving = [spot.arriving for spot in idle if spot.site == name]
+    falling = (_falling(*each, step, *site["schedule"]) for each in zip(keep, arriving, strict=True))
+    now[name] = site | {"keep": tuple(falling)}
+  spots = parse(now, stack).spots
   return {name: tuple(spot.keep for spot in spots if spot.site == name) for name in moving}
+
+
+def _falling(keep: float | int, arriving: int, step: int, begin: int, end: int) -> float | int:
+  """A share falls from 1, a number from all that arrive where the site takes nothing yet."""
+  if isinstance(keep, float):
+    return rates.cosine_keep(keep, step, begin, end)
+  return math.ceil(arriving * rates.cosine_keep(keep / arriving, step, begin, end) - 1e-6)
 
 
 def annealed(spots: Sequence[Spot], step: int) -> dict[str, float]:
@@ -249,12 +258,8 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(f"{field} needs exactly one of keep (share or number of tokens) and r (tokens removed)")
   if rate == "threshold" and "threshold" not in site:
     raise ValueError(f"{field}.threshold is missing: the smallest score that stays")
-  if rate == "scheduled" and not (
-    len(site.get("schedule", ())) == 2 and len(names) == 1 and isinstance(site.get("keep"), (float, tuple))
-  ):
-    raise ValueError(
-      f"{field}.rate='scheduled' needs one reducer, keep as a share, and schedule=(first step, last step)"
-    )
+  if rate == "scheduled" and not (len(site.get("schedule", ())) == 2 and len(names) == 1 and "keep" in site):
+    raise ValueError(f"{field}.rate='scheduled' needs one reducer, keep, and schedule=(first step, last step)")
   plans = all(issubclass(cls, base.Planner) for cls in classes)
   if not plans and (rate in rates.LEARNED or rate == "threshold"):
     raise ValueError(f"{field}.rate={rate!r} needs reducers that write plans; {names} do not")

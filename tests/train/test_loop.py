@@ -114,6 +114,14 @@ def test_learned_rates_are_frozen_and_go_on_in_gather_mode(run):
   assert frozen.train.mode == "gather" and frozen.sites.rates.keep[1] == (summary["counts"][1],)
 
 
+def test_rates_that_learn_to_the_end_are_told(tmp_path, capsys):
+  summary = train(micro.config(dict(rates=micro.PAIR), loss=dict(budget=20.0, target=0.85)), tmp_path)
+  told = capsys.readouterr().err
+  keep = tuple((int(count),) for count in summary["sites"].values())  # pruned, merged
+  assert f"rates are frozen: tokens leaving each block {tuple(summary['counts'])}" in told
+  assert f"sites.rates.keep={keep}" in told
+
+
 def test_the_average_is_what_is_evaluated_and_loaded(run):
   workdir, summary = run("learned")
   state, model = micro.state(workdir), loading.load(workdir)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokred.reducers.base import Planner, keep_top, register
+from tokred.reducers.base import Planner, keep_top, num_kept, register
 from tokred.tokens import Array, Plan, Tokens, of_prompt, straight_through
 
 
@@ -79,7 +79,7 @@ class Autoencoder(Planner):
   num_heads: int = 0  # 0: heads of 64 channels
   temperature: float = 1.0
   weight: float = 0.5
-  share: float = 0.5  # of the free tokens; keeping fewer is not rewarded
+  share: float = 0.0  # of the free tokens; keeping fewer is not rewarded; 0: that which `keep` leaves
 
   def macs(self, n: float, width: int, num_heads: int) -> float:
     return self.num_layers * (12 * n * width * width + 2 * n * n * width) + 2 * n * width
@@ -98,11 +98,13 @@ class Autoencoder(Planner):
       y = straight_through(noisy[..., 0] >= noisy[..., 1], jax.nn.softmax(noisy)[..., 0])
       y = jnp.where(tokens.protected, 1.0, y)  # these stay in any case
       again = Reconstructor(self.num_layers, self.num_heads, name="reconstructor")(z, y, tokens.position, alive)
-      report |= self.loss(z, again, y, alive & ~tokens.protected)
+      free = alive & ~tokens.protected
+      left = num_kept(tokens, keep)[:, 0] - (alive & tokens.protected).sum(1)
+      report |= self.loss(z, again, y, free, self.share or left / jnp.maximum(free.sum(1), 1))
     return keep_top(tokens, margin, keep), report
 
-  def loss(self, z: Array, again: Array, y: Array, free: Array) -> dict[str, Array]:
+  def loss(self, z: Array, again: Array, y: Array, free: Array, share: Array | float) -> dict[str, Array]:
     """Terms of each image, (B,): their weighted sum "loss", "error" and "kept" on their own."""
     mean = lambda value: jnp.where(free, value, 0.0).sum(1) / jnp.maximum(free.sum(1), 1)  # noqa: E731
     error, kept = mean(jnp.square(again - z).mean(-1)), mean(y)
-    return {"loss": error + self.weight * jnp.maximum(kept, self.share), "error": error, "kept": kept}
+    return {"loss": error + self.weight * jnp.maximum(kept, share), "error": error, "kept": kept}

@@ -21,7 +21,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from tokred import checkpoint, evaluate, loading, lora, pretrained, sharding
+from tokred import checkpoint, evaluate, loading, lora, pretrained, rates, sharding
 from tokred import data as tokred_data
 from tokred.config import complete
 from tokred.files import write_json
@@ -140,6 +140,8 @@ class _Run:
     params = state.get("ema", state["params"])
     model = Model(self.phase.config, self.phase.module, lora.merge(params, self.phase.config.lora.alpha))
     model = freeze(model) if final else model
+    if final:
+      self._tell(model)
     result = evaluate.run(model.module, model.params, self.eval_batches, model.mode, self.phase.mesh)
     if not final:
       return result
@@ -155,10 +157,18 @@ class _Run:
     with config.unlocked():
       config.train.mode = "gather"
       config.loss.budget = 0.0
+    self._tell(frozen)
     self.phase = Phase(config, self.phase.mesh, self.total, frozen=True)
     self.alarms = Alarms(self.phase.module.sites)
-    self.log.message(f"rates are frozen: tokens leaving each block {frozen.counts}, {frozen.flops / 1e9:.3g} GFLOPs")
     return transfer(state, self.phase.target)
+
+  def _tell(self, frozen: Model) -> None:
+    """The schedule that rates have learned until now, if they have; summary.json has it too."""
+    learned = sorted({spot.site for spot in self.phase.module.spots if spot.rate in rates.LEARNED})
+    if learned:
+      keep = "; ".join(f"sites.{name}.keep={frozen.config.sites[name].keep}" for name in learned)
+      leaving = f"tokens leaving each block {frozen.counts}, {frozen.flops / 1e9:.3g} GFLOPs"
+      self.log.message(f"rates are frozen: {leaving}; {keep}")
 
   def _report(self, last: tuple[int, Any] | None) -> None:
     """Looks at the metrics of a finished step: stops at a number that is none, writes every `log_every`-th."""
