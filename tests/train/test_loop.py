@@ -14,6 +14,7 @@ from tokred import checkpoint, loading, sharding
 from tokred.config import complete
 from tokred.model import build
 from tokred.train import loop
+from tokred.train import step as step_lib
 from tokred.train.loop import NonFiniteLoss, Stopped, train
 from tokred.train.phase import Phase
 
@@ -112,6 +113,20 @@ def test_learned_rates_are_frozen_and_go_on_in_gather_mode(run):
   assert checkpoint.read_config(workdir).sites.rates.rate == "learned"  # as the user gave it
   frozen = loading.read_config(workdir)  # as it is now
   assert frozen.train.mode == "gather" and frozen.sites.rates.keep[1] == (summary["counts"][1],)
+
+
+def test_the_less_reduced_pass_draws_how_many_go():
+  """Sites remove 2 of 17 twice.  r = 0: none go; 1: one each time; 2 and 3: no more than the sites remove."""
+  model = build(micro.config(dict(merge=dict(reducer="tome", layers=(0, 1), r=2)))).init()
+  shape = (2, *model.config.model.image_size, model.config.model.channels)
+  images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  less = jax.jit(lambda rng: step_lib._less_reduced(model.module, 3, model.params, images, rng))
+  seen = {}
+  for seed in range(40):
+    rng = jax.random.key(seed)
+    counts = less(rng).aux["reduce/merge/count"]
+    seen.setdefault(int(jax.random.randint(rng, (), 0, 4)), (int(counts[0]), int(counts[1])))
+  assert seen == {0: (17, 17), 1: (16, 15), 2: (15, 13), 3: (15, 13)}
 
 
 def test_rates_that_learn_to_the_end_are_told(tmp_path, capsys):
