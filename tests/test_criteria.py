@@ -161,6 +161,22 @@ def test_norms_by_hand():
   np.testing.assert_allclose(scores.repr_shift(tokens), [[7.0, 3.0]])
 
 
+def test_key_norm_by_hand():
+  """Norms are means over heads: keys (3, 4) and (0, 1) have (5 + 1) / 2 = 3; that of all four numbers is sqrt(26).
+
+  (0, 0) and (6, 8) have (0 + 10) / 2 = 5.  Values do not matter.
+  """
+  key = f32([[[[3, 4], [0, 1]], [[0, 0], [6, 8]]]])
+  tokens = tokens_of(np.zeros((2, 3))).replace(feats={"key": key, "value": 9 * key})
+  np.testing.assert_allclose(scores.key_norm(tokens), [[3.0, 5.0]])
+
+
+def test_token_norm_by_hand():
+  """The residual stream has no heads: (3, 4, 0, 1) is sqrt(9 + 16 + 1) = 5.0990 long, (-2, 4, 5, 6) sqrt(81) = 9."""
+  tokens = tokens_of([[3, 4, 0, 1], [-2, 4, 5, 6]])
+  np.testing.assert_allclose(scores.token_norm(tokens), [[5.0990195, 9.0]], rtol=1e-6)
+
+
 def test_every_score_has_a_function_and_a_row_for_each_token():
   q = jax.ShapeDtypeStruct((2, 2, 5, 4), jnp.bfloat16)
   for name, (score, needs) in scores.SCORES.items():

@@ -187,6 +187,30 @@ def test_selection_loss_by_hand():
     selection_loss(logits, jnp.zeros((1, 5, 4)), (1,))
 
 
+def test_selection_loss_teaches_the_gate(params):
+  """As SPA's docstring adds it: labels are boxes, and the gate's difference rises within and falls without."""
+  module, images = model(ROOMY)
+  labels = jnp.zeros((6, 16, 16)).at[:, :8, :8].set(1.0)
+
+  def loss(params):
+    rngs = {"reduce": jax.random.key(3), "dropout": jax.random.key(4)}
+    output = module.apply({"params": params}, images, train=True, mode="mask", rngs=rngs)
+    out = 0.0
+    for score in output.aux["reduce/pick/score"].values():
+      logits = score[:, module.shape.num_prefix_tokens :].reshape(-1, *module.shape.grid)
+      out = out + 0.5 * selection_loss(logits, labels)
+    return out, logits
+
+  slope = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=quick())
+  gate = lambda tree: tree["block_1"]["reduce"]["pick"]["spa"]["gate"]  # noqa: E731
+  (before, _), grads = slope(params)
+  for name, leaf in gate(grads).items():
+    params = jax.tree.map(lambda a: a, params)
+    gate(params)[name] = gate(params)[name] - 0.1 * leaf
+  (after, logits), _ = slope(params)
+  assert logits.shape == (6, 4, 4) and after < before
+
+
 @pytest.mark.parametrize(
   "other, words",
   [

@@ -222,6 +222,43 @@ def test_layer_scale_and_qk_norm_have_their_parameters():
   np.testing.assert_allclose(initial["params"]["block_1"]["layer_scale2"], 1e-3)
 
 
+@pytest.mark.parametrize("score", ["repr_shift", "transition"])
+def test_an_update_is_what_the_attention_branch_adds(score):
+  """With an MLP that adds nothing, block 1 moves a token by its LayerScaled update; stochastic depth is left out."""
+  module = make({"s": dict(reducer="topk", score=score, layers=(1,), keep=17)}, layer_scale=0.1, drop_path=0.9)
+  variables, x = params(module), images(module)
+  variables["params"]["block_1"]["layer_scale2"] = jnp.zeros(16)
+  out = apply(module, variables, x, mode="mask")
+  before, after = (np.asarray(out.aux[f"tokens/{layer}"]) for layer in (0, 1))
+  if score == "repr_shift":
+    want = np.linalg.norm(after - before, axis=-1)
+  else:  # || after || / || before || softmax(1 - cos(before, after))
+    long = np.linalg.norm(before, axis=-1), np.linalg.norm(after, axis=-1)
+    away = np.exp(1 - (before * after).sum(-1) / long[0] / long[1])
+    want = long[1] / long[0] * away / away.sum(1, keepdims=True)
+  np.testing.assert_allclose(out.aux["reduce/s/score"][0], want, rtol=1e-4)
+  if score == "repr_shift":  # block 0 is never left out: block 1 meets the same tokens
+    trained = apply(module, variables, x, mode="mask", train=True, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_allclose(trained.aux["reduce/s/score"][0], want, rtol=1e-4)
+
+
+def test_an_update_behind_attention_of_merged_tokens():
+  """It is that of the tokens that MCTF has merged, and twice as long where LayerScale is."""
+  sites = {"m": dict(reducer="mctf", layers=(1,), keep=12)}
+  sites["s"] = dict(reducer="topk", score="repr_shift", layers=(1,), keep=10)
+  module = make(sites, layer_scale=0.1)
+  variables, x = params(module), images(module)
+  found = []
+  for _ in range(2):
+    masked, gathered = (apply(module, variables, x, mode=mode) for mode in ("mask", "gather"))
+    score = np.asarray(gathered.aux["reduce/s/score"][0])
+    np.testing.assert_allclose(masked.aux["reduce/s/score"][0][:, :12], score, rtol=1e-4)
+    found.append(score)
+    variables["params"]["block_1"]["layer_scale1"] *= 2
+  assert found[0].shape == (2, 12) and found[0].min() > 0
+  np.testing.assert_allclose(found[1], 2 * found[0], rtol=1e-4)
+
+
 def test_qk_norm_makes_logits_blind_to_the_scale_of_q_and_k():
   module = make(qk_norm=True, depth=1)
   variables = params(module)

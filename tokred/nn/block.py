@@ -184,32 +184,37 @@ class Block(nn.Module):
     if not ahead or (mode == "gather" and ahead[0].idle and ahead[0].site not in (keeps or {})):
       run(tokens.replace(feats=feats), "ahead", aux)  # says that all stay
       segment = feats.get("state/segment")  # images share a row: it tells who is alive, too
-      update = attend.out(attend.mix(q, k, v, size, mask if segment is None else None, segment))
+      heads = attend.mix(q, k, v, size, mask if segment is None else None, segment)
+      update = self._scale(attend.out(heads), "1")
       feats |= {"update": update} if "update" in needs else {}
-      return tokens.replace(x=tokens.x + self._branch(update, "1", train), feats=feats)
+      return tokens.replace(x=tokens.x + self._drop(update, "1", train), feats=feats)
     inner, around = self._enter(tokens.replace(feats=feats), "ahead", aux, run)
     (plan,) = aux.pop(f"reduce/{ahead[0].site}/plan").values()
     v = tk.take(attend.values(norm(inner.x)).swapaxes(1, 2), jnp.maximum(inner.owner, 0)).swapaxes(1, 2)
     heads = attend.mix(q, k, v, size, mask)
     rows = around.outer.replace(x=heads.reshape(tokens.x.shape), feats={})
     rows = tk.compact(rows, plan, inner.x.shape[1]) if mode == "gather" else tk.fold(rows, plan)
-    update = attend.out(rows.x.reshape(*rows.x.shape[:2], *heads.shape[2:]))
+    update = self._scale(attend.out(rows.x.reshape(*rows.x.shape[:2], *heads.shape[2:])), "1")
+    feats = inner.feats | ({"update": update} if "update" in needs else {})
     owner = tk.follow(tokens.owner, inner.owner)
-    return inner.replace(x=inner.x + self._branch(update, "1", train), owner=owner)
+    return inner.replace(x=inner.x + self._drop(update, "1", train), owner=owner, feats=feats)
 
   def _mlp(self, x: Array, train: bool) -> Array:
     dtype = jnp.dtype(self.config.dtype)
     norm = nn.LayerNorm(epsilon=self.config.norm_eps, dtype=dtype, name="norm2")
     mlp = Mlp(self.shape.mlp_dim, dtype, self.config.activation, self.shape.gated, name="mlp")
-    return self._branch(mlp(norm(x)), "2", train)
+    return self._drop(self._scale(mlp(norm(x)), "2"), "2", train)
 
-  def _branch(self, update: Array, name: str, train: bool) -> Array:
-    """LayerScale and stochastic depth (a whole sample's branch at a time)."""
-    c = self.config
-    if c.layer_scale:
-      init = nn.initializers.constant(c.layer_scale)
-      update = update * self.param(f"layer_scale{name}", init, (update.shape[-1],), jnp.float32).astype(update.dtype)
-    rate = c.drop_path * self.layer / max(self.shape.depth - 1, 1)
+  def _scale(self, update: Array, name: str) -> Array:
+    """LayerScale: what the branch adds, which is what a reducer reads of it."""
+    if not self.config.layer_scale:
+      return update
+    init = nn.initializers.constant(self.config.layer_scale)
+    return update * self.param(f"layer_scale{name}", init, (update.shape[-1],), jnp.float32).astype(update.dtype)
+
+  def _drop(self, update: Array, name: str, train: bool) -> Array:
+    """Stochastic depth (a whole sample's branch at a time)."""
+    rate = self.config.drop_path * self.layer / max(self.shape.depth - 1, 1)
     return nn.Dropout(rate, broadcast_dims=(1, 2), name=f"drop_path{name}")(update, deterministic=not train)
 
 

@@ -9,7 +9,8 @@ import optax
 from flax import linen as nn
 
 from tokred.config import nearest
-from tokred.reducers.base import Planner, decided, keep_top, num_kept, register, route
+from tokred.rates import LearnedThreshold, Rows, Threshold
+from tokred.reducers.base import Planner, decided, finish, finish_rows, keep_top, num_kept, register, route
 from tokred.tokens import Array, Plan, Tokens, inverse, of_prompt, rank, take
 
 GATES = {
@@ -62,8 +63,9 @@ class Router(Planner):
 
   f is the block's whole update, computed among the chosen only; the gate puts w on the gradient's path.  `keep` is
   the capacity C.  An encoder sees its whole sequence, so top-C decides at inference too.  Where the choice must not
-  look at other tokens, a small network learns it from each token alone, by cross-entropy, without a gradient to the
-  block: its logits then rank the tokens, and with rate="threshold", threshold=0.0 each decides for itself.
+  look at other tokens, a small network learns it from each token alone, by cross-entropy with top-C of r, without a
+  gradient to the block.  In training r chooses, in either mode; at inference the network's logits rank the tokens, and
+  with rate="threshold", threshold=0.0 each decides for itself.
 
   In a language model top-C ranks a prompt.  Tokens that are written later cannot wait for the best: they go in where
   their logit (the predictor's, if there is one) is at least `decode_threshold`; `config.loss.router` or the predictor
@@ -101,6 +103,19 @@ class Router(Planner):
   def macs(self, n: float, width: int, num_heads: int) -> float:
     return n * width
 
+  def __call__(
+    self, tokens: Tokens, keep: Any, *, train: bool, mode: str, survival: Array | None = None
+  ) -> tuple[Tokens, dict[str, Array]]:
+    """See Planner, which plans in gather mode as at inference; here nothing is sampled, and r chooses there, too."""
+    train = train and not isinstance(keep, Threshold)  # each decides as at inference
+    if not train or mode == "mask" or isinstance(keep, LearnedThreshold):
+      return super().__call__(tokens, keep, train=train, mode=mode, survival=survival)
+    if isinstance(keep, Rows):
+      plan, report = self.plan(tokens, keep.count, train=True)
+      return finish_rows(tokens, plan, keep.capacity, mode), report
+    plan, report = self.plan(tokens, keep, train=True)
+    return finish(tokens, plan, keep, mode), report
+
   @nn.compact
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     start = nn.initializers.normal(0.02) if self.gate == "raw" else nn.initializers.zeros
@@ -108,21 +123,22 @@ class Router(Planner):
     x = jnp.where(tokens.alive[..., None], tokens.x, 0).astype(jnp.float32)
     logits = jnp.einsum("bnd,d->bn", x, w, precision="highest")
     free, report = tokens.alive & ~tokens.protected, {}
-    score = logits
+
+    def best(score: Array) -> Plan:
+      if self.frame:
+        return by_frame(tokens, score, keep, self.frame)
+      if train:  # the whole text is there, and the best of it are taken
+        return keep_top(tokens, score, keep)
+      return route(tokens, score, keep, self.decode_threshold)
+
+    score, plan = logits, best(logits)
     if self.predictor:
       h = nn.gelu(nn.Dense(max(x.shape[-1] // 4, 1), name="predictor_in")(jax.lax.stop_gradient(x)))
       predicted = nn.Dense(1, name="predictor_out")(h)[..., 0]
-      score = logits if train else predicted
-    if self.frame:
-      plan = by_frame(tokens, score, keep, self.frame)
-    elif train:  # the whole text is there, and the best of it are taken
-      plan = keep_top(tokens, score, keep)
-    else:
-      plan = route(tokens, score, keep, self.decode_threshold)
-    chosen = plan.owner >= 0
-    if self.predictor:
-      loss, report["predictor_accuracy"] = agreement(predicted, chosen, free)
+      loss, report["predictor_accuracy"] = agreement(predicted, plan.owner >= 0, free)
       report["loss_predictor"] = self.predictor * loss
+      if not train:
+        score, plan = predicted, best(predicted)
     # The auxiliary loss of the paper: the logit learns to tell whether top-C will take the token.
-    report |= {"score": score, "chosen": chosen, "free": free}
+    report |= {"score": score, "chosen": plan.owner >= 0, "free": free}
     return plan, report | {"update_weight": GATES[self.gate](logits)}

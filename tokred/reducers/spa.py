@@ -83,6 +83,16 @@ class SPA(Reducer):
   Training decides by l + g, g ~ Gumbel(0, 1) for each logit, with the gradient of softmax((l + g) / tau).  In mask mode
   nothing is packed, there is room for all, and those that go round teach the gate too; in gather mode only those that
   go in do.  `keep_ratio` of `config.loss` holds the mean share of a group at the site's, so that the room suffices.
+
+  The paper's gate also learns from boxes or masks.  That form is no term of `config.loss`: labels come with a batch,
+  which a reducer does not see, and the trainer's batches have none.  Whoever has them adds `selection_loss` to a
+  loss of their own (site "pick", ahead of which nothing is reduced; scales have to divide the grid, which for 14 x 14
+  are 1, 2 and 7):
+
+    output = module.apply({"params": params}, images, train=True, mode="mask", rngs=rngs)
+    for score in output.aux["reduce/pick/score"].values():
+      logits = score[:, module.shape.num_prefix_tokens :].reshape(-1, *module.shape.grid)
+      loss = loss + weight * selection_loss(logits, labels, scales=(1, 2, 7))
   """
 
   ragged: ClassVar[bool] = True

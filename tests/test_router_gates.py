@@ -1,0 +1,130 @@
+"""Mixture-of-Depths: who chooses in training and at inference, and that a new gate changes nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import MODES, quick, reported
+
+from tokred import config as defaults
+from tokred import tokens as tk
+from tokred.nn import budget, decoder, vit
+from tokred.nn.decoder_layer import Shape
+from tokred.rates import Rows, Threshold
+from tokred.reducers.router import Router
+
+SMALL = dict(variant="mu/4", width=16, depth=4, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=3)
+MOD = dict(reducer="router", layers=(1, 3))
+
+
+def make(**site):
+  return vit.make(defaults.complete({"model": SMALL}).model, dict(mod=MOD | site))
+
+
+def small(**site):
+  """A ViT with routers, its fresh parameters and images."""
+  module = make(**site)
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
+  init = jax.jit(lambda: module.init(jax.random.key(0), images, mode="mask"), compiler_options=quick())
+  return module, init()["params"], images
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [False, True])
+def test_who_chooses_by_hand(mode, rows):
+  """r = (3, 2, 1, 0), and the predictor says gelu(0, 1, 2, 3) = (0, .841192, 1.954598, 2.996363).
+
+  Two go in: 0 and 1 by r, in training; 3 and 2 by the predictor, at inference.  What it learns is (1, 1, 0, 0) at both:
+  (log(1 + e^0) + log(1 + e^-.841192) + log(1 + e^1.954598) + log(1 + e^2.996363)) / 4
+  = (.693147 + .358511 + 2.087047 + 3.045123) / 4 = 1.545957.  It says yes where its logit is above 0: one is right.
+  """
+  tokens = tk.start(jnp.asarray([[[3.0, 0], [2, 1], [1, 2], [0, 3]]]))
+  params = {
+    "kernel": jnp.asarray([1.0, 0.0]),
+    "predictor_in": dict(kernel=jnp.asarray([[0.0], [1.0]]), bias=jnp.zeros(1)),
+    "predictor_out": dict(kernel=jnp.ones((1, 1)), bias=jnp.zeros(1)),
+  }
+  keep = Rows(jnp.asarray([2]), 2) if rows else 2
+  for train, wanted in ((True, [0, 1]), (False, [3, 2])):
+    out, report = Router(predictor=2.0).apply({"params": params}, tokens, keep, train=train, mode=mode)
+    assert np.asarray(out.position[0])[np.asarray(out.alive[0])].tolist() == wanted
+    np.testing.assert_array_equal(np.flatnonzero(report["chosen"][0]), sorted(wanted))
+    score = [3, 2, 1, 0] if train else [0, 0.841192, 1.954598, 2.996363]
+    np.testing.assert_allclose(report["score"][0], score, rtol=1e-6)
+    np.testing.assert_allclose(report["loss_predictor"], [2 * 1.545957], rtol=1e-6)
+    np.testing.assert_allclose(report["predictor_accuracy"], [0.25])
+  # Three are above .5 by the predictor, which decides in training as well, and learns that r prefers 0, 1 and 2.
+  by = functools.partial(Router(predictor=2.0).apply, {"params": params}, tokens, Threshold(0.5, 4), mode=mode)
+  for train in (True, False):
+    _, report = by(train=train)
+    np.testing.assert_array_equal(report["chosen"], [[0, 1, 1, 1]])
+    np.testing.assert_allclose(report["predictor_accuracy"], [0.5])
+
+
+def test_gathered_training_is_that_of_mask_mode():
+  module, params, images = small(keep=9, predictor=0.5)
+  rng = np.random.default_rng(1)
+  for layer in MOD["layers"]:
+    router = params[f"block_{layer}"]["reduce"]["mod"]["router"]
+    router["kernel"] = jnp.asarray(rng.normal(size=16), jnp.float32)
+
+  def loss(params, mode):
+    output = module.apply({"params": params}, images, train=True, mode=mode)
+    named = {name: reported(output, "mod", name) for name in ("score", "chosen", "loss_predictor")}
+    return output.features.sum() + sum(map(jnp.sum, named["loss_predictor"])), named
+
+  slope = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1, compiler_options=quick())
+  (gathered, ours), (masked, theirs) = (slope(params, mode) for mode in MODES)
+  for score, chosen in zip(ours["score"], ours["chosen"], strict=True):
+    score, chosen = np.asarray(score)[:, 1:], np.asarray(chosen)[:, 1:]
+    assert (chosen.sum(1) == 8).all()
+    assert (np.where(chosen, score, np.inf).min(1) > np.where(chosen, -np.inf, score).max(1)).all()
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), ours, theirs)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), gathered, masked)
+  for layer in MOD["layers"]:  # w learns from the block, the predictor from its loss
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gathered[f"block_{layer}"]["reduce"]))
+
+
+@pytest.mark.parametrize("predictor", [0.0, 0.5])
+def test_an_answer_is_gathered_as_in_mask_mode(predictor):
+  # Text (t) and the answer (a) behind position 8 are counted, and ranked, with the visual tokens.
+  kinds = np.array([list("ttvvvvvttaaa"), list("tvvvvvvvtaaa")])
+  ids, protected = np.random.default_rng(0).integers(0, 50, kinds.shape).astype(np.int32), kinds != "v"
+  site = dict(MOD, stack="llm", layers=(0,), keep=0.5, gate="sigmoid", text=True, predictor=predictor)
+  shape = Shape(vocab=50, width=32, depth=2, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, max_length=64)
+  module = decoder.make(shape, dict(mod=site))
+  params = jax.jit(lambda: module.init(jax.random.key(0), ids[:1, :2], mode="mask", train=True)["params"])()
+  router = params["block_0"]["reduce"]["mod"]["router"]
+  router["kernel"] = jnp.asarray(np.random.default_rng(1).normal(size=32), jnp.float32)
+  outputs = {}
+  for mode in MODES:
+    inputs = dict(mask=np.ones_like(protected), protected=protected, last=np.array([8, 8]), train=True, mode=mode)
+    known = budget.census(inputs["mask"], protected) if mode == "gather" else None
+    run = jax.jit(lambda p, inputs=inputs, known=known: module.apply({"params": p}, ids, known=known, **inputs))
+    outputs[mode] = run(params)
+  gathered, masked = outputs["gather"], outputs["mask"]
+  np.testing.assert_array_equal(gathered.aux["reduce/mod/chosen"][0].sum(1), [6, 6])
+  np.testing.assert_array_equal(gathered.aux["reduce/mod/chosen"][0], masked.aux["reduce/mod/chosen"][0])
+  logits = [tk.restore(output.logits, output.tokens.owner) for output in (gathered, masked)]
+  np.testing.assert_allclose(*logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_new_gate_leaves_a_pretrained_model_unchanged(mode):
+  """2 sigmoid(0) = 1 and all go through: only rounding is left, for a scope ends with x + g (x' - x), not with x'."""
+  module, params, images = small(keep=1.0)
+  params["head"]["kernel"] = jnp.asarray(np.random.default_rng(1).normal(size=(16, 3)) / 4, jnp.float32)  # it is zero
+  router = params["block_1"]["reduce"]["mod"]["router"]
+  assert set(router) == {"kernel"} and not np.asarray(router["kernel"]).any()
+
+  def run(module):
+    call = lambda p: module.apply({"params": p}, images, train=mode == "mask", mode=mode)  # noqa: E731
+    return jax.jit(call, compiler_options=quick())(params)
+
+  routed, dense = run(module), run(module.clone(sites=type(module.sites)(module.sites.stack)))
+  for gate in reported(routed, "mod", "update_weight"):
+    assert (np.asarray(gate) == 1.0).all()  # to the bit
+  np.testing.assert_allclose(routed.logits, dense.logits, rtol=0, atol=1e-6)  # these are up to 1.6
+  assert np.abs(run(make(keep=1.0, gate="sigmoid")).logits - dense.logits).max() > 1e-3  # halves what a block does
