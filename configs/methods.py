@@ -60,6 +60,7 @@ def _one(reducer: Any, layers: str = "stages", tune: bool = False, **options: An
   return dict(sites=dict(tokens=dict(reducer=reducer, layers=layers, **options)), tune=tune)
 
 
+AUTOENCODER = _one("autoencoder", "once", tune=True, place="before", num_layers=1) | dict(train=dict(mode="mask"))
 METHODS: dict[str, dict[str, Any]] = {
   "dense": dict(sites={}),
   # Criteria
@@ -81,6 +82,8 @@ METHODS: dict[str, dict[str, Any]] = {
   "tofu": _one("tofu", "every"),
   "transforming": _one("transforming"),
   "evit": _one("topk", fuse=True, tune=True),
+  "evit_scheduled": _one("topk", fuse=True, tune=True, rate="scheduled", schedule=(0.0, 0.5))  # shares of the steps
+  | dict(train=dict(mode="mask")),
   "evit_drop": _one("topk", tune=True),
   "mctf": _one("mctf", "every", tune=True)
   | dict(loss=dict(full_cross_entropy=1.0, consistency=3.0, confidence=0.4, less=3)),  # less: 7 where 197 tokens come
@@ -105,16 +108,24 @@ METHODS: dict[str, dict[str, Any]] = {
   | CALM
   | dict(loss=dict(keep_ratio=2.0, distill_logits=0.5, distill_tokens=0.5), train=dict(mode="mask")),
   "avit": _one("avit", "all", tune=True) | dict(loss=dict(ponder=5e-4, halting_prior=1e-3), train=dict(mode="mask")),
-  "autoencoder": _one("autoencoder", "once", tune=True, place="before", num_layers=1) | dict(train=dict(mode="mask")),
+  "autoencoder": AUTOENCODER,
+  "autoencoder_alone": AUTOENCODER | dict(optim=dict(lr=1e-3, freeze=(r"^(?!.*/reduce/).*",))),  # on frozen features
   # Routers
   "mod": _one("router", "alternate", tune=True, place="around") | FRESH,
   "dyt": _one("dyt", "all", tune=True, hidden=8)
-  | dict(loss=dict(global_ratio=2.0, full_cross_entropy=1.0, full_distill=1.0, less=0), train=dict(mode="mask")),
+  | dict(loss=dict(global_ratio=2.0, full_cross_entropy=1.0, full_distill=1.0, less=0), train=dict(mode="mask"))
+  | dict(settle="by_threshold"),  # behind training the sweep asks the layers how many tokens each needs
   "skipvit": _one("topk", "once", tune=True, place="around", until=-2),
   "spa": _one("spa", "alternate", tune=True, group=2)
   | FRESH
   | dict(loss=dict(keep_ratio=2.0), train=dict(mode="mask")),
   # Recovery
+  "stvit_recover": dict(
+    sites=dict(
+      semantic=dict(reducer="stvit", layers="once"), back=dict(reducer="recover", layers="last", place="before")
+    ),
+    tune=True,
+  ),
   "hot": dict(
     sites=dict(
       prune=dict(reducer="dpcknn", layers="once"), back=dict(reducer="recover", layers="last", place="before")

@@ -1,11 +1,15 @@
 """Counts for a budget, against hand arithmetic, and searches whose best answer is known."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import tokred
 from tokred import calibrate
+from tokred.reducers import base
 
 # 16 patches and CLS, width 16, MLP 32: a block costs 4 N 16^2 + 2 N^2 16 for attention and 2 N 16 32 for the MLP.
 MODEL = dict(variant="mu/1", width=16, depth=2, num_heads=2, mlp_dim=32, image_size=(4, 4), channels=1, num_classes=10)
@@ -152,3 +156,70 @@ def test_a_search_needs_fixed_rates(batches):
     calibrate.greedy(learned, batches, 0.8)
   with pytest.raises(ValueError, match="the model has no parameters"):
     calibrate.sigmoid(tokred.build(CONFIG | {"sites": site(keep=1.0)}), batches, 0.8)
+
+
+class Known(base.Planner):
+  """Scores that are told: in block 0 of patch i of image b i + b, in block 1 i - 8, or 17 - i where `falls`."""
+
+  places = ("mlp", "attn")
+  layer: int = 0
+  falls: bool = False
+
+  def plan(self, tokens, keep, *, train):
+    i = tokens.position.astype(jnp.float32)  # survivors stand from best to worst
+    score = (i + jnp.arange(len(i))[:, None], 17 - i if self.falls else i - 8)[self.layer]
+    return base.keep_top(tokens, score, keep), {"score": score}
+
+
+def known(monkeypatch, model, **fields):
+  monkeypatch.setitem(base.REGISTRY, "known", Known)
+  return model.with_sites(dict(tokens=dict(reducer="known", layers=(0, 1), keep=0.5, **fields)))
+
+
+def test_one_threshold_for_all_layers(monkeypatch, model, batches):
+  model = known(monkeypatch, model)
+  images = [dict(image=batches[0]["image"], mask=np.arange(8) < 3)]
+  # With 4 < t <= 5 patches 5 to 16 of image 0 go through the first MLP, 12; 4 to 16 and 3 to 16 of images 1 and 2, 13
+  # and 14: 13 in the mean, and CLS.  Through the second go 13 to 16 of all: i - 8 >= 5.
+  budget = macs((17, 14), (17, 5)) / macs((17, 17), (17, 17))
+  config = calibrate.by_threshold(model, images, budget + 1e-6)
+  assert config.sites.tokens.keep == (14, 5) and config.is_locked
+  assert share_of(config.sites.to_dict()) == pytest.approx(budget, rel=1e-6)
+  # A token less is what 5 < t <= 6 costs, 13 and 4, and what is left goes to the last.
+  assert calibrate.by_threshold(model, images, budget - 1e-6).sites.tokens.keep == (13, 5)
+  assert calibrate.by_threshold(model, images, 1.0).sites.tokens.keep == (17, 17)
+  with pytest.raises(ValueError, match=r"cannot go down to budget=0.5 of the dense cost, only to 0\.\d+"):
+    calibrate.by_threshold(model, images, 0.5)  # attention alone costs more
+
+
+def test_later_layers_see_what_earlier_ones_leave(monkeypatch, model, batches):
+  model = known(monkeypatch, model, place="attn", falls=True)
+  padding = dict(image=batches[1]["image"][:2], mask=np.zeros(2, bool))
+  images = [dict(image=batches[0]["image"], mask=np.arange(8) < 1), padding]
+  # t = 5: patches 5 to 16 pass in block 0, and of these 5 to 12 in block 1, 17 - i >= 5; of all 16 it would be 12.
+  budget = macs((17, 13), (13, 9)) / macs((17, 17), (17, 17))
+  assert calibrate.by_threshold(model, images, budget + 1e-6).sites.tokens.keep == (13, 9)
+
+
+def test_a_dispatcher_gets_its_counts(batches):
+  dyt = dict(tokens=dict(reducer="dyt", layers=(0, 1), keep=0.5, hidden=2))
+  model = tokred.build(CONFIG | {"sites": dyt}).init(0)
+  params = jax.tree.map(np.array, model.params)
+  for layer, bias in enumerate((50.0, -50.0)):
+    params[f"block_{layer}"]["reduce"]["tokens"]["dyt"]["dispatcher"]["bias"][:] = bias
+  # The first block wants all, the second none; the adapters' 17 x 16 x (2 x 2 + 1) are paid for in any case.
+  budget = (macs((17, 17), (17, 1)) + 2 * 17 * 16 * 5) / macs((17, 17), (17, 17))
+  model = dataclasses.replace(model, params=params)
+  config = calibrate.by_threshold(model, batches, budget + 1e-6)
+  assert config.sites.tokens.keep == (17, 1) and config.sites.tokens.hidden == 2
+  assert share_of(config.sites.to_dict()) == pytest.approx(budget, rel=1e-6)
+
+
+def test_thresholds_need_one_site(model, batches):
+  topk = dict(reducer="topk", score="token_norm", layers=(0,), keep=9)
+  two = dict(a=topk, b=dict(reducer="dyt", layers=(1,), keep=5))
+  with pytest.raises(ValueError, match=r"scores of \[\('a', 'topk'\), \('b', 'dyt'\)\] have no threshold in common"):
+    calibrate.by_threshold(model.with_sites(two), batches, 0.8)
+  unscored = model.with_sites(dict(tokens=dict(reducer="kmeans", layers=(1,), keep=9)))
+  with pytest.raises(ValueError, match="rate='threshold' needs reducers that"):
+    calibrate.by_threshold(unscored, batches, 0.8)

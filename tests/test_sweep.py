@@ -95,6 +95,29 @@ def test_the_table():
   assert sweep.plot(untimed, "speedup", "speed-up").startswith(b"\x89PNG")
 
 
+def test_counts_are_settled_once_the_weights_are_there(swept, tmp_path, monkeypatch):
+  """Dispatchers that are drawn anew want different counts in each block, on the same budget."""
+  c = config(methods=("drawn",), budgets=(0.85,), init=str(swept[0] / "dense"))
+  plain = dict(sites=c.table.dyt.sites.to_dict())
+  method = plain | dict(settle=c.table.dyt.settle)
+  with c.unlocked():
+    c.bench.rounds = 0
+    c.table["drawn"] = ConfigDict(method)
+  seen, evaluate = [], sweep.tokred_evaluate.evaluate
+  record = lambda model, **options: [seen.append(model), evaluate(model, **options)][1]  # noqa: E731
+  monkeypatch.setattr(sweep.tokred_evaluate, "evaluate", record)
+  (row,) = sweep.run(c, tmp_path)
+  before, after = (model.config.sites.tokens.keep for model in seen)
+  assert max(before) - min(before) <= 1 and max(after) - min(after) > 1
+  assert 0.83 < row["share"] <= 0.85 and row["share"] == seen[1].macs / seen[1].with_sites({}).macs
+  made = sweep.recipe(c, "drawn", 0.85, 0, c.init)
+  digests = [sweep._digest(c, made, m, False) for m in (method, plain)]
+  with c.unlocked():
+    c.calibrate.split = "train[:8]"
+  digests += [sweep._digest(c, made, m, False) for m in (method, plain)]
+  assert digests[0] == row["digest"] and len(set(digests)) == 3 and digests[1] == digests[3]
+
+
 def test_plan_trains_over_seeds_and_evaluates_once():
   c = config(seeds=(0, 1), budgets=(0.8, 0.9))
   assert sweep.plan(c, ["dense", "tome", "dense+tuned"]) == [

@@ -2,8 +2,8 @@
 
 `at_budget` spreads a budget by a rule.  `greedy` and `sigmoid` try counts on images, in the manner of G-Search and
 P-Sigmoid (Zhao et al., 2024, arXiv:2412.00556, there for language models): the baselines that learned rates must beat.
-Both run one compiled program in mask mode whose counts are an input.  `arank` tells which layers of a language model
-few tokens need.
+Both run one compiled program in mask mode whose counts are an input.  `by_threshold` reads off a trained model how many
+tokens each of its layers has learned to keep.  `arank` tells which layers of a language model few tokens need.
 """
 
 import collections
@@ -24,6 +24,7 @@ from tokred.config import complete, nearest
 from tokred.layout import Spot, Stack, walk
 from tokred.model import Model, build, without_sites
 from tokred.nn.vit import ViT
+from tokred.rates import LEARNED, Threshold
 from tokred.reducers import base
 
 # Words for `layers` in a template: the blocks for a depth, and fallbacks for budgets that are out of their reach.
@@ -161,6 +162,53 @@ def sigmoid(
   return _with_keeps(model, spots, min(found)[1])
 
 
+def by_threshold(model: Model, batches: Iterable[Mapping[str, Any]], budget: float, halvings: int = 20) -> ConfigDict:
+  """The counts by layer that a trained model decides on: those of one threshold for all layers, met by the budget.
+
+  Where training holds only the mean share of all layers (`config.loss.global_ratio`), each has learned how many tokens
+  it needs.  Spot by spot, the mean number of tokens with score >= t becomes `keep`, and bisection finds t.  Each trial
+  is a pass in mask mode with the decisions of its t, so that later layers see what earlier ones leave; at the end,
+  single tokens come back while there is room.
+
+  Args:
+    model: trained, with one site of one reducer that reports a score, its rate fixed; its counts do not matter.
+    batches: see `greedy`; images that the model was trained on.
+    budget: share of the dense multiply-adds, in (0, 1).
+    halvings: of the span of all scores.
+
+  Returns:
+    `model.config` with integers as `keep`.
+
+  Raises:
+    ValueError: a rate is not fixed, tokens have no scores or those of several reducers, or the site cannot reach the
+      budget.
+  """
+  module, spots = _searchable(model)
+  if len(kinds := sorted({(spot.site, spot.reducer) for spot in spots})) > 1:
+    raise ValueError(f"scores of {kinds} have no threshold in common; valid: one site of one reducer")
+  passing = _passing(model, spots[0].site, batches)
+
+  def priced(means: Sequence[float]) -> tuple[list[int], float]:
+    counts = _reached(module, spots, [round(mean) for mean in means])
+    return counts, share(module, spots, counts)
+
+  all_pass, low, _ = passing(-math.inf)
+  none_pass, _, high = passing(math.inf)
+  (dearest, price), (within, least) = priced(all_pass), priced(none_pass)
+  if least > budget:
+    raise ValueError(f"the sites cannot go down to budget={budget} of the dense cost, only to {least:.3f}")
+  if price <= budget:
+    return _with_keeps(model, spots, dearest)
+  for _ in range(halvings):
+    middle = (low + high) / 2
+    counts, price = priced(passing(middle)[0])
+    if price <= budget:
+      high, within = middle, counts
+    else:
+      low = middle
+  return _with_keeps(model, spots, _topped_up(module, spots, within, budget))
+
+
 def divergence(model: Model, batches: Iterable[Mapping[str, Any]]) -> Callable[[Sequence[int]], float]:
   """counts -> mean KL(dense || reduced) over the images; one program, however many counts are tried.
 
@@ -183,6 +231,34 @@ def divergence(model: Model, batches: Iterable[Mapping[str, Any]]) -> Callable[[
   def run(counts: Sequence[int]) -> float:
     keeps = {site: np.asarray(values, np.int32) for site, values in _by_site(model.module.sites.spots, counts).items()}
     return sum(float(distance(model.params, image, wanted, mask, keeps)) for image, wanted, mask in kept) / examples
+
+  return run
+
+
+def _passing(
+  model: Model, site: str, batches: Iterable[Mapping[str, Any]]
+) -> Callable[[float], tuple[list[float], float, float]]:
+  """t -> tokens of score >= t out of each spot, mean over images, and the lowest and the highest score there was."""
+  config = model.config.to_dict()
+  fields = {name: value for name, value in config["sites"][site].items() if name != "r"}
+  config["sites"][site] = fields | dict(rate="threshold", threshold=0.0, keep=_all(fields))  # all may pass
+  module = build(config).module
+  images = [jnp.asarray(batch["image"])[np.asarray(batch["mask"], bool)] for batch in batches]
+  if not (examples := sum(map(len, images))):
+    raise ValueError("there are no images to calibrate on")
+
+  @jax.jit
+  def look(params: Any, image: Any, t: Any) -> Any:
+    keeps = {site: (Threshold(t, module.shape.num_tokens),) * len(module.sites.spots)}
+    aux = module.apply({"params": params}, image, mode="mask", keeps=keeps).aux
+    every = lambda name: jnp.stack([aux[f"reduce/{site}/{name}"][spot.index] for spot in module.sites.spots])  # noqa: E731
+    score = every("score")
+    known = jnp.isfinite(score)
+    return every("count") * len(image), jnp.where(known, score, jnp.inf).min(), jnp.where(known, score, -jnp.inf).max()
+
+  def run(t: float) -> tuple[list[float], float, float]:
+    counts, low, high = zip(*(look(model.params, image, t) for image in images if len(image)), strict=True)
+    return (np.sum(counts, 0) / examples).tolist(), float(min(low)), float(max(high))
 
   return run
 
@@ -217,7 +293,7 @@ def _settled(site: Mapping[str, Any]) -> bool:
   """Whether the site's counts are not for us to set."""
   names = site["reducer"] if isinstance(site["reducer"], (tuple, list)) else (site["reducer"],)
   asks = any(not (base.get(name).recovers or base.get(name).training_only) for name in names)
-  return site.get("rate") == "learned" or "keep" in site or "r" in site or not asks
+  return site.get("rate") in LEARNED or "keep" in site or "r" in site or not asks
 
 
 def _all(site: Mapping[str, Any]) -> Any:

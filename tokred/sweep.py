@@ -135,6 +135,9 @@ def recipe(config: ConfigDict, name: str, budget: float, seed: int, init: str = 
       if group in groups:
         full[group] = full[group] | fields if isinstance(fields, dict) else fields
   full |= {"seed": seed, "init": init}
+  for site in method["sites"].values():
+    if site.get("rate") == "scheduled":
+      site["schedule"] = tuple(round(part * full["train"]["steps"]) for part in site["schedule"])
   full["sites"] = calibrate.at_budget(full, method["sites"], budget) if method["sites"] else {}
   if any(site.get("rate") == "learned" for site in full["sites"].values()):
     full["train"]["mode"], full["loss"]["target"] = "mask", budget
@@ -148,7 +151,7 @@ def _one(
   """One run, unless results.csv has it already."""
   method, trained = config.table[name.removesuffix(TUNED)], _trained(config, name)
   made = recipe(config, name, budget, seed, init)
-  digest = _digest(config, made, method.get("search", ""), trained)
+  digest = _digest(config, made, method, trained)
   found = {tuple(row[k] for k in KEY): row for row in read(workdir / "results.csv")}.get((name, budget, seed))
   if found and found["digest"] == digest:
     return found
@@ -163,6 +166,9 @@ def _one(
   else:
     model = _on_data(loading.load(init, sites=made.sites.to_dict()), made)
     result = tokred_evaluate.evaluate(model, mode="gather") | {"seconds": 0.0}
+  if settle := method.get("settle", ""):  # the weights are there now, and tell how many each layer needs
+    model = model.with_sites(getattr(calibrate, settle)(model, _calibration(config, made), budget).sites.to_dict())
+    result |= tokred_evaluate.evaluate(model, mode="gather")
   row = dict(zip(KEY, (name, budget, seed), strict=True)) | {"trained": int(trained), "digest": digest}
   row |= {"accuracy": result["accuracy"], "gflops": model.flops / 1e9, "share": model.macs / dense.macs}
   row |= {"counts": " ".join(map(str, model.counts)), "seconds": result["seconds"]}
@@ -309,12 +315,14 @@ def _calibration(config: ConfigDict, made: ConfigDict) -> Iterable[dict[str, Any
   return tokred_data.eval_batches(made.data, c.split, batch_size=c.batch_size, **common)
 
 
-def _digest(config: ConfigDict, made: ConfigDict, search: str, trained: bool) -> str:
+def _digest(config: ConfigDict, made: ConfigDict, method: Mapping[str, Any], trained: bool) -> str:
   """Short name of all that decides a row, paths of data and of this sweep's own dense run left out."""
   full = made.to_dict() | {"init": config.init}
   full["data"] = {name: value for name, value in full["data"].items() if name not in ("data_dir", "num_workers")}
   full |= {"dense": config.dense.train.to_dict(), "bench": config.bench.to_dict(), "trained": trained}
-  full |= {"search": (search, config.calibrate.to_dict()) if search else ""}
+  search, settle, images = method.get("search", ""), method.get("settle", ""), config.calibrate.to_dict()
+  full |= {"search": (search, images) if search else ""}
+  full |= {"settle": (settle, images)} if settle else {}  # others keep the names that they had before there was such
   return hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -31,11 +31,30 @@ def test_a_selector_that_shall_keep_nearly_all_may():
   assert collapsed(sites, {"counts/tokens/1": 17.0}) == {}
 
 
+def test_selectors_of_a_global_ratio_are_judged_together():
+  sites = module(reducer="dyt", layers=(0, 1, 2), keep=0.25).sites  # each 4 of 16 patches and CLS
+  at = lambda *counts: {f"counts/tokens/{layer}": count for layer, count in enumerate(counts)}  # noqa: E731
+  # 16 + 0 + 0 of 48 patches are what is wanted, 12, and more; with a ratio of its own the first keeps all.
+  special = at(17.0, 1.0, 1.0)
+  assert collapsed(sites, special | {"global_ratio": 0.01}) == {}
+  assert set(collapsed(sites, special)) == {"selector/tokens/0", "selector/tokens/1", "selector/tokens/2"}
+  assert len(collapsed(sites, special | {"global_ratio": 0.01, "keep_ratio": 0.1})) == 3
+  # 0.3 + 0.3 + 0.3 = 0.9 of 48 patches are less than 2 %, 0.96; 0.4 + 0.3 + 0.3 are more.
+  (text,) = collapsed(sites, at(1.3, 1.3, 1.3) | {"global_ratio": 0.01}).values()
+  assert text.startswith("tokens keeps none of its tokens, where 15 of 51 are wanted")
+  assert collapsed(sites, at(1.4, 1.3, 1.3) | {"global_ratio": 0.01}) == {}
+  (text,) = collapsed(sites, at(17.0, 17.0, 17.0) | {"global_ratio": 0.01}).values()
+  assert text.startswith("tokens keeps all its tokens, where 15 of 51 are wanted")
+
+
 def test_a_router_that_does_not_look():
   sites = module(reducer="router", layers=(1,), place="around", keep=0.5).sites
   (text,) = collapsed(sites, {"counts/tokens/1": 9.0, "overlap/tokens/1": 0.99}).values()
   assert "takes the same tokens of every image (99% in common)" in text and "config.loss.router" in text
   assert collapsed(sites, {"counts/tokens/1": 9.0, "overlap/tokens/1": 0.7}) == {}
+  sites = module(reducer="dyt", layers=(1,), keep=0.5).sites
+  (text,) = collapsed(sites, {"counts/tokens/1": 9.0, "overlap/tokens/1": 0.99}).values()
+  assert text.endswith("less weight decay on it (config.optim.no_decay)")  # neither gate nor loss are DyT's
 
 
 def test_overlap_by_hand():
@@ -52,6 +71,21 @@ def test_overlap_by_hand():
   assert overlaps(made, Output) == {}  # one image agrees with itself
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_overlap_of_a_dispatcher(train):
+  """One that looks at positions takes the same of every image, whatever the noise of training decides."""
+  model = tokred.build(config(dict(tokens=dict(reducer="dyt", layers=(1,), keep=0.5)))).init(0)
+  image = jax.random.normal(jax.random.key(0), (4, 4, 4, 1))
+  streams = {"reduce": jax.random.key(1), "dropout": jax.random.key(2)}
+  run = lambda params: model.module.apply({"params": params}, image, train=train, mode="mask", rngs=streams)  # noqa: E731
+  looks = jax.jit(lambda params: overlaps(model.module, run(params))["overlap/tokens/1"])
+  assert 0.5 < float(looks(model.params)) < 0.9
+  blind = jax.tree.map(lambda leaf: leaf, model.params)
+  # All tokens have the same score: the first are taken, and of the 16 patches 8 by all four images.
+  blind["block_1"]["reduce"]["tokens"]["dyt"]["dispatcher"]["kernel"] *= 0
+  assert float(looks(blind)) == pytest.approx(1.0)
+
+
 def test_rates_at_their_bounds():
   sites = module(reducer="topk", layers=(1, 2), rate="learned").sites
   (text,) = collapsed(sites, {"counts/tokens/1": 2.0, "counts/tokens/2": 2.0}).values()  # the last block may
@@ -59,6 +93,19 @@ def test_rates_at_their_bounds():
   (text,) = collapsed(sites, {"counts/tokens/1": 17.0, "counts/tokens/2": 17.0}).values()
   assert "all 17 tokens pass everywhere; try a larger config.loss.budget" in text
   assert collapsed(sites, {"counts/tokens/1": 17.0, "counts/tokens/2": 12.0}) == {}
+
+
+def test_learned_thresholds_at_their_bounds():
+  sites = module(reducer="topk", layers=(0, 1, 2), rate="learned_threshold").sites
+  at = lambda *counts: {f"counts/tokens/{layer}": count for layer, count in enumerate(counts)}  # noqa: E731
+  (text,) = collapsed(sites, at(17.0, 17.0, 17.0)).values()
+  assert "thresholds of tokens lie below all scores: all 17 tokens pass everywhere; try a larger config.loss.b" in text
+  assert "config.sites.tokens.threshold and softness" in text
+  assert collapsed(sites, at(17.0, 17.0, 16.9)) == {}
+  # 2 % of 16 patches are 0.32: with CLS 1.32.  Only the first is at fault, and the last block may.
+  (text,) = collapsed(sites, at(9.0, 1.3, 1.3)).values()
+  assert "threshold of tokens/1 lies above all scores: 1 of 17 tokens are left" in text and "loss.target" in text
+  assert collapsed(sites, at(9.0, 1.4, 1.0)) == {}
 
 
 def test_an_alarm_is_raised_once_and_only_when_it_lasts():

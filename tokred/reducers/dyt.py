@@ -38,8 +38,11 @@ class DyT(Planner):
   """l = w x + b;  y = ST(soft > 1/2, soft), soft = sigmoid((l + g1 - g2) / tau);  x <- x + y MLP(LN x) + Adapter(x)
 
   Training decides by y, and `global_ratio` of `config.loss` holds the mean share of all layers at their mean keep rate,
-  so that layers may specialise.  Inference takes the `keep` highest l; with rate="threshold", threshold=0.0 those with
-  l > 0, whose number differs between images.  Protected tokens go through the MLP.
+  so that layers may specialise: early ones send nearly all tokens through the MLP, late ones next to none.  The paper
+  infers by l > 0, whose number differs between images; so does rate="threshold", threshold=0.0.  With a fixed rate the
+  `keep` highest l go: a count that is the same in all layers undoes what they have learned, so let
+  `tokred.calibrate.by_threshold` find those of a trained model (`python -m tokred.sweep` does).  Protected tokens go
+  through the MLP.
   """
 
   places: ClassVar[tuple[str, ...]] = ("mlp",)
@@ -61,9 +64,11 @@ class DyT(Planner):
     x = jnp.where(tokens.alive[..., None], tokens.x, 0)
     logits = nn.Dense(1, name="dispatcher")(x.astype(jnp.float32))[..., 0]
     residual = Adapter(self.hidden, self.scale, self.dropout, name="adapter")(x, train)
-    report = {"score": logits, "residual": residual}
+    best, free = keep_top(tokens, logits, keep), tokens.alive & ~tokens.protected
+    # For alarms: what noise decides says nothing of the dispatcher.  Under "chosen" config.loss.router would teach it.
+    report = {"score": logits, "residual": residual, "first": best.owner >= 0, "free": free}
     if not train:
-      return keep_top(tokens, logits, keep), report
+      return best, report
     hard, soft = dispatch(logits, self.noise(logits.shape), self.temperature)
     goes = (hard | tokens.protected) & tokens.alive
     gate = jnp.where(tokens.protected, 1.0, straight_through(goes, soft))
@@ -71,6 +76,5 @@ class DyT(Planner):
     # Who goes round owns itself, with a gate that is 0: the update it does without teaches the dispatcher.
     owner = jnp.where(tokens.alive, index, -1)
     order = decided(tokens, goes)
-    free = tokens.alive & ~tokens.protected
     share = jnp.where(free, gate, 0.0).sum(1) / jnp.maximum(free.sum(1), 1)
     return Plan(owner=owner, order=order, gate=gate), report | {"kept_share": share}

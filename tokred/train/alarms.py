@@ -33,39 +33,53 @@ def collapsed(sites: Sites, metrics: Mapping[str, float]) -> dict[str, str]:
 
   Args:
     sites: of the model that trains.
-    metrics: by name; read are `counts/<spot>` and `overlap/<spot>`.
+    metrics: by name; read are `counts/<spot>` and `overlap/<spot>`, and whether `global_ratio` is a term of the loss:
+      it lets single selectors keep all or none, so that those of a site are judged together.
   """
   spots = [spot for spot in sites.spots if f"counts/{label(spot)}" in metrics]
   counts = {spot: metrics[f"counts/{label(spot)}"] for spot in spots}
-  learned = [spot for spot in spots if spot.rate == "learned"]
-  out = {f"selector/{label(spot)}": text for spot in spots if (text := selector(spot, counts[spot]))}
+  together = "global_ratio" in metrics and "keep_ratio" not in metrics
+  selectors: dict[str, list[Spot]] = {}
+  for spot in spots:
+    if spot.rate in ("fixed", "threshold") and spot.keep > spot.protected + 1:
+      selectors.setdefault(spot.site if together else label(spot), []).append(spot)
+  out = {
+    f"selector/{name}": text
+    for name, group in selectors.items()
+    if (text := selector(name, group, [counts[spot] for spot in group]))
+  }
   out |= {f"router/{label(s)}": text for s in spots if (text := router(s, metrics.get(f"overlap/{label(s)}")))}
+  learned = [spot for spot in spots if spot.rate == "learned"]
   out |= {f"rate/{label(s)}": text for s in learned if (text := rate(s, counts[s], sites.stack.depth))}
   if learned and (text := rates_idle(learned, [counts[spot] for spot in learned])):
     out["rate"] = text
+  for site in dict.fromkeys(spot.site for spot in spots if spot.rate == "learned_threshold"):
+    group = [spot for spot in spots if spot.site == site]
+    if text := thresholds(group, [counts[spot] for spot in group], sites.stack.depth):
+      out[f"threshold/{site}"] = text
   return out
 
 
-def selector(spot: Spot, count: float) -> str:
-  """A selector that decides by itself how many stay, and keeps all or none; "" where it does not.
+def selector(name: str, spots: Sequence[Spot], counts: Sequence[float]) -> str:
+  """Selectors that decide by themselves how many stay, and keep all or none; "" where they do not.
 
   Args:
-    spot: where.
-    count: tokens that it lets through, mean over images, protected ones counted.
+    name: of the spot, or of the site whose spots are judged together.
+    spots: where.
+    counts: tokens that each lets through, mean over images, protected ones counted.
   """
-  if spot.rate not in ("fixed", "threshold") or spot.protected + 1 >= spot.keep:
-    return ""
-  free = spot.arriving - spot.protected
-  kept, wanted = (count - spot.protected) / free, (spot.keep - spot.protected) / free
+  protected, arriving = sum(spot.protected for spot in spots), sum(spot.arriving for spot in spots)
+  allowed, free = sum(spot.keep for spot in spots), arriving - protected
+  kept, wanted = (sum(counts) - protected) / free, (allowed - protected) / free
   if kept >= NEARLY and wanted < 0.9:
     return (
-      f"{label(spot)} keeps all its tokens, where {spot.keep} of {spot.arriving} are wanted; try a larger "
+      f"{name} keeps all its tokens, where {allowed} of {arriving} are wanted; try a larger "
       "config.loss.keep_ratio (global_ratio), a higher learning rate for it (config.optim.multipliers), or a higher "
       "temperature"
     )
   if kept <= 1 - NEARLY:
     return (
-      f"{label(spot)} keeps none of its tokens, where {spot.keep} of {spot.arriving} are wanted; try a larger "
+      f"{name} keeps none of its tokens, where {allowed} of {arriving} are wanted; try a larger "
       "config.loss.keep_ratio (global_ratio), a lower learning rate for it (config.optim.multipliers), "
       "config.optim.clip_groups, or to hold it at the start (config.optim.freeze_until)"
     )
@@ -82,10 +96,11 @@ def router(spot: Spot, overlap: float | None) -> str:
   share = (spot.keep - spot.protected) / max(spot.arriving - spot.protected, 1)
   if overlap is None or overlap < NEARLY or share > 0.9:
     return ""
+  more = ", gate='sigmoid', or config.loss.router=0.01" if hasattr(spot.type, "gate") else ""
   return (
     f"{label(spot)} takes the same tokens of every image ({overlap:.0%} in common): its choice does not depend on the "
     "input; try a higher learning rate for it (config.optim.multipliers), less weight decay on it "
-    "(config.optim.no_decay), gate='sigmoid', or config.loss.router=0.01"
+    f"(config.optim.no_decay){more}"
   )
 
 
@@ -113,16 +128,40 @@ def rates_idle(spots: Sequence[Spot], counts: Sequence[float]) -> str:
   )
 
 
+def thresholds(spots: Sequence[Spot], counts: Sequence[float], depth: int) -> str:
+  """Learned thresholds of a site that let every token through, all of them, or one that lets none; "" otherwise.
+
+  Many begin with all.  In the last block none is no collapse, as for `rate`; behind the first there are none to judge.
+  """
+  site = f"config.sites.{spots[0].site}"
+  if all(count >= spot.arriving for spot, count in zip(spots, counts, strict=True)):
+    return (
+      f"the learned thresholds of {spots[0].site} lie below all scores: all {spots[0].arriving} tokens pass "
+      "everywhere; try a larger config.loss.budget, a config.loss.target below 1, a higher learning rate for rates "
+      f"(config.optim.multipliers), or {site}.threshold and softness of the size of the scores"
+    )
+  for spot, count in zip(spots, counts, strict=True):
+    if spot.layer < depth - 1 and count - spot.protected <= (1 - NEARLY) * (spot.arriving - spot.protected):
+      return (
+        f"the learned threshold of {label(spot)} lies above all scores: {count:.0f} of {spot.arriving} tokens are "
+        "left, and what comes behind it has nothing to decide; try a lower learning rate for rates "
+        f"(config.optim.multipliers), a smaller config.loss.budget, a larger config.loss.target, or {site}.threshold "
+        "and softness of the size of the scores"
+      )
+  return ""
+
+
 def overlaps(module: ViT, output: Output) -> dict[str, jax.Array]:
   """How much of a router's choice two images of the batch have in common, by `overlap/<spot>`.
 
   With p_j the share of images whose token j is chosen, it is sum p_j^2 / sum p_j over the tokens that had a choice to
   be made: 1 where all images agree, the capacity where they choose independently.  Only for routers that tokens reach
-  in the order of the input.
+  in the order of the input, and for DyT's dispatchers by the tokens that they rank first.
   """
   out, moved = {}, False
   for spot in module.sites.spots:
-    chosen = output.aux.get(f"reduce/{spot.site}/chosen", {}).get(spot.index)
+    reported = {name: output.aux.get(f"reduce/{spot.site}/{name}", {}).get(spot.index) for name in ("chosen", "first")}
+    chosen = reported["first"] if reported["chosen"] is None else reported["chosen"]
     if chosen is not None and not moved and chosen.shape[0] > 1:
       free = output.aux[f"reduce/{spot.site}/free"][spot.index]
       p = jnp.where(free, chosen, False).mean(0, dtype=jnp.float32)
