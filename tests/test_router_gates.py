@@ -87,17 +87,23 @@ def test_gathered_training_is_that_of_mask_mode():
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gathered[f"block_{layer}"]["reduce"]))
 
 
-@pytest.mark.parametrize("predictor", [0.0, 0.5])
-def test_an_answer_is_gathered_as_in_mask_mode(predictor):
+@pytest.mark.parametrize(
+  "options",
+  [dict(MOD, gate="sigmoid", predictor=0.0), dict(MOD, gate="sigmoid", predictor=0.5), dict(reducer="gamma_mod")],
+  ids=["router", "predictor", "gamma"],
+)
+def test_an_answer_is_gathered_as_in_mask_mode(options):
   # Text (t) and the answer (a) behind position 8 are counted, and ranked, with the visual tokens.
   kinds = np.array([list("ttvvvvvttaaa"), list("tvvvvvvvtaaa")])
   ids, protected = np.random.default_rng(0).integers(0, 50, kinds.shape).astype(np.int32), kinds != "v"
-  site = dict(MOD, stack="llm", layers=(0,), keep=0.5, gate="sigmoid", text=True, predictor=predictor)
+  layer = int(options["reducer"] == "gamma_mod")  # whose router stands in the layer before
+  site = dict(options, stack="llm", layers=(layer,), keep=0.5, text=True)
   shape = Shape(vocab=50, width=32, depth=2, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8, max_length=64)
   module = decoder.make(shape, dict(mod=site))
   params = jax.jit(lambda: module.init(jax.random.key(0), ids[:1, :2], mode="mask", train=True)["params"])()
-  router = params["block_0"]["reduce"]["mod"]["router"]
-  router["kernel"] = jnp.asarray(np.random.default_rng(1).normal(size=32), jnp.float32)
+  if not layer:
+    router = params["block_0"]["reduce"]["mod"]["router"]
+    router["kernel"] = jnp.asarray(np.random.default_rng(1).normal(size=32), jnp.float32)
   outputs = {}
   for mode in MODES:
     inputs = dict(mask=np.ones_like(protected), protected=protected, last=np.array([8, 8]), train=True, mode=mode)
@@ -105,8 +111,9 @@ def test_an_answer_is_gathered_as_in_mask_mode(predictor):
     run = jax.jit(lambda p, inputs=inputs, known=known: module.apply({"params": p}, ids, known=known, **inputs))
     outputs[mode] = run(params)
   gathered, masked = outputs["gather"], outputs["mask"]
-  np.testing.assert_array_equal(gathered.aux["reduce/mod/chosen"][0].sum(1), [6, 6])
-  np.testing.assert_array_equal(gathered.aux["reduce/mod/chosen"][0], masked.aux["reduce/mod/chosen"][0])
+  if not layer:
+    np.testing.assert_array_equal(gathered.aux["reduce/mod/chosen"][0].sum(1), [6, 6])
+    np.testing.assert_array_equal(gathered.aux["reduce/mod/chosen"][0], masked.aux["reduce/mod/chosen"][0])
   logits = [tk.restore(output.logits, output.tokens.owner) for output in (gathered, masked)]
   np.testing.assert_allclose(*logits, atol=1e-5)
 

@@ -126,13 +126,15 @@ class Reducer(nn.Module):
 class Planner(Reducer):
   """A reducer that only writes a Plan, and gets mask and gather mode from it."""
 
+  samples: ClassVar[bool] = True  # what it decides while training has no form in gather mode; there it plans as always
+
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     """Decides.
 
     Args:
       tokens: N tokens; the dead ones may hold anything.
       keep: see Reducer.
-      train: whether the plan may be sampled (never so in gather mode).
+      train: whether the plan may be sampled, or soft; never so in gather mode, unless `samples` is False.
     """
     raise NotImplementedError
 
@@ -143,7 +145,7 @@ class Planner(Reducer):
 
     `keep` may also be a threshold or `rates.Rows`, and `survival` is a learned rate's view of each rank (see fold).
     """
-    train = train and mode == "mask"
+    train = train and (mode == "mask" or not self.samples)
     if isinstance(keep, LearnedThreshold):
       _, report = self.plan(tokens, keep.capacity, train=False)
       gate, count = keep(tokens, report["score"])
@@ -152,7 +154,7 @@ class Planner(Reducer):
       plan = plan.replace(gate=straight_through((plan.gate > 0) & tokens.alive, gate)) if train else plan
       return finish_rows(tokens, plan, keep.capacity, mode), report | {"count": count.mean()}
     if isinstance(keep, Threshold):
-      plan, report = self.plan(tokens, keep.capacity, train=train)
+      plan, report = self.plan(tokens, keep.capacity, train=train and self.samples)
       if not train or "kept_share" not in report:  # else it samples a decision of its own, which is to learn
         plan, report = self.plan(tokens, keep.count(tokens, report["score"]), train=False)
       return finish_rows(tokens, plan, keep.capacity, mode), report

@@ -29,6 +29,7 @@ class GammaMoD(Planner):
   places: ClassVar[tuple[str, ...]] = ("around",)
   stacks: ClassVar[tuple[str, ...]] = ("llm",)
   answers: ClassVar[bool] = True
+  samples: ClassVar[bool] = False
 
   weight: float = 0.01
   text: bool = True  # text may go round, too

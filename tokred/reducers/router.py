@@ -9,8 +9,7 @@ import optax
 from flax import linen as nn
 
 from tokred.config import nearest
-from tokred.rates import LearnedThreshold, Rows, Threshold
-from tokred.reducers.base import Planner, decided, finish, finish_rows, keep_top, num_kept, register, route
+from tokred.reducers.base import Planner, decided, keep_top, num_kept, register, route
 from tokred.tokens import Array, Plan, Tokens, inverse, of_prompt, rank, take
 
 GATES = {
@@ -76,6 +75,7 @@ class Router(Planner):
 
   needs: ClassVar[tuple[str, ...]] = ()
   places: ClassVar[tuple[str, ...]] = ("around",)
+  samples: ClassVar[bool] = False
 
   gate: str = "double_sigmoid"  # double_sigmoid, sigmoid, raw
   predictor: float = 0.0  # weight of its loss; above 0, it decides at inference
@@ -102,19 +102,6 @@ class Router(Planner):
 
   def macs(self, n: float, width: int, num_heads: int) -> float:
     return n * width
-
-  def __call__(
-    self, tokens: Tokens, keep: Any, *, train: bool, mode: str, survival: Array | None = None
-  ) -> tuple[Tokens, dict[str, Array]]:
-    """See Planner, which plans in gather mode as at inference; here nothing is sampled, and r chooses there, too."""
-    train = train and not isinstance(keep, Threshold)  # each decides as at inference
-    if not train or mode == "mask" or isinstance(keep, LearnedThreshold):
-      return super().__call__(tokens, keep, train=train, mode=mode, survival=survival)
-    if isinstance(keep, Rows):
-      plan, report = self.plan(tokens, keep.count, train=True)
-      return finish_rows(tokens, plan, keep.capacity, mode), report
-    plan, report = self.plan(tokens, keep, train=True)
-    return finish(tokens, plan, keep, mode), report
 
   @nn.compact
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
