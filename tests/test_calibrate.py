@@ -144,6 +144,19 @@ def test_searches_meet_the_budget(model, batches, search):
   assert first >= second >= 2
 
 
+@pytest.mark.parametrize("a", [0, 4])
+def test_sigmoid_takes_a_curve_of_its_family(model, batches, a):
+  """Blocks 0 and 1 of 2: n_0 = 16 / (1 + exp(-a / 2 - h)) and n_1 = 16 / (1 + exp(-h)) patches, rounded up, and CLS.
+
+  Single tokens come back where the budget has room for them, the last block's first.
+  """
+  first, second = calibrate.sigmoid(model, batches, 0.8, steepness=(a,)).sites.tokens.keep
+  h = np.linspace(-12, 12, 20_001)
+  curves = {tuple(c) for c in (1 + np.ceil(16 / (1 + np.exp([-a / 2 - h, -h])))).T.astype(int).tolist()}
+  assert any(0 <= first - top <= 1 and 0 <= second - low <= 2 for top, low in curves)
+  assert (first == second) if a == 0 else (first - second >= 4)
+
+
 def test_greedy_takes_what_does_not_matter(model, batches):
   """Tokens of the last block's MLP reach nobody: only CLS is read."""
   first, second = calibrate.greedy(model, batches, 0.9, step=1 / 16).sites.tokens.keep
