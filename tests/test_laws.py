@@ -54,8 +54,8 @@ RECORDED = {
 
 @pytest.mark.parametrize("name", sorted(set(REGISTRY) - UNFIT - RECORDED))
 def test_registered_reducer_keeps_the_laws(name):
-  """In one state and dtype; through a model: tests/test_pairs.py, in all: the test below and tests/test_readme.py."""
-  check_reducer(REGISTRY[name], laws=sorted(set(_numbers(name)) & {2, 5, 9}), cases=("later",))
+  """In two states; through a model: tests/test_pairs.py, in all: the test below and tests/test_readme.py."""
+  check_reducer(REGISTRY[name], laws=sorted(set(_numbers(name)) & {2, 3, 5, 9}), cases=LATER)
 
 
 @pytest.mark.thorough

@@ -74,7 +74,14 @@ MISTAKES = {
   ),
   "budget": (site() | {"loss": {"budget": 1.0}}, ["config.loss.budget=1.0", "no site has rate='learned'"]),
   "router": (site() | {"loss": {"router": 1.0}}, ["config.loss.router=1.0", "no site has reducer='router'"]),
-  "keep ratio": ({"loss": {"keep_ratio": 1.0}}, ["config.loss.keep_ratio=1.0", "no sites"]),
+  "keep ratio": (
+    site() | {"loss": {"keep_ratio": 1.0}},
+    ["config.loss.keep_ratio=1.0", "no site has a reducer that dr"],
+  ),
+  "less": (
+    site(rate="threshold", threshold=0.1) | {"loss": {"consistency": 1.0, "less": 2}},
+    ["config.loss.less=2", r"\['prune'\] are not fixed"],
+  ),
   "consistency": ({"loss": {"consistency": 1.0}}, ["config.loss.consistency=1.0", "no sites"]),
   "teacher": ({"loss": {"distill_logits": 1.0}}, ["config.loss.distill_logits=1.0", "config.teacher"]),
   "init": ({"init": "nowhere"}, ["nowhere"]),

@@ -64,6 +64,7 @@ class Reducer(nn.Module):
   proportional: ClassVar[bool] = False  # from here on log(size) biases attention, unless the site says otherwise
   idles: ClassVar[bool] = True  # does nothing at all where every token stays
   ragged: ClassVar[bool] = False  # counts differ between images: `keep` is a capacity
+  decides: ClassVar[bool] = False  # while training it draws who stays, and reports the share, (B,), as "kept_share"
   packs: ClassVar[bool] = False  # in gather mode images share rows, and nothing else may act in its scope
   recovers: ClassVar[bool] = False  # more tokens may leave than arrive: asks for no count, see `recovered`
   training_only: ClassVar[bool] = False  # an auxiliary head: it leaves the tokens as they are, and freeze drops it

@@ -46,6 +46,7 @@ class DyT(Planner):
   """
 
   places: ClassVar[tuple[str, ...]] = ("mlp",)
+  decides: ClassVar[bool] = True
 
   temperature: float = 5.0
   hidden: int = 64

@@ -45,6 +45,7 @@ class Gumbel(Planner):
 
   places: ClassVar[tuple[str, ...]] = ("before", "output")
   from_input: ClassVar[bool] = True
+  decides: ClassVar[bool] = True
 
   temperature: float = 1.0
 

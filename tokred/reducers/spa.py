@@ -97,6 +97,7 @@ class SPA(Reducer):
 
   ragged: ClassVar[bool] = True
   packs: ClassVar[bool] = True
+  decides: ClassVar[bool] = True
   idles: ClassVar[bool] = False  # where there is room for all, the gate still decides
   places: ClassVar[tuple[str, ...]] = ("around",)
 

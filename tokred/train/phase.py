@@ -149,15 +149,16 @@ def _check_sites(config: ConfigDict, module: ViT) -> None:
     raise ValueError(f"config.train.mode='gather' has static counts, but those of sites {scheduled} move")
   if config.rates.freeze_step and scheduled:
     raise ValueError(f"config.rates.freeze_step={config.rates.freeze_step}, but the counts of sites {scheduled} move")
-  if config.loss.less >= 0 and (learned or scheduled):
+  moving = sorted({spot.site for spot in spots if spot.rate != "fixed" or spot.type.packs or spot.type.ragged})
+  if config.loss.less >= 0 and moving:
     raise ValueError(
-      f"config.loss.less={config.loss.less} sets counts, but those of sites {learned + scheduled} are not fixed; "
-      "set it to -1"
+      f"config.loss.less={config.loss.less} sets counts, but those of sites {moving} are not fixed; set it to -1"
     )
+  deciding = [spot for spot in spots if spot.type.decides]
   acts = {
     "budget": (costed, "no site has rate='learned' or 'learned_threshold'"),
-    "keep_ratio": (spots, "there are no sites"),
-    "global_ratio": (spots, "there are no sites"),
+    "keep_ratio": (deciding, "no site has a reducer that draws who stays, such as 'gumbel'"),
+    "global_ratio": (deciding, "no site has a reducer that draws who stays, such as 'dyt'"),
     "ponder": ([spot for spot in spots if spot.reducer == "avit"], "no site has reducer='avit'"),
     "halting_prior": ([spot for spot in spots if spot.reducer == "avit"], "no site has reducer='avit'"),
     "recalibration": ([s for s in spots if s.reducer == "sit_reverse"], "no site has reducer='sit_reverse'"),
