@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from golden import MODES, quick, reported
 
+import tokred
 from tokred import config as defaults
 from tokred import tokens as tk
 from tokred.nn import budget, decoder, vit
@@ -135,3 +136,18 @@ def test_a_new_gate_leaves_a_pretrained_model_unchanged(mode):
     assert (np.asarray(gate) == 1.0).all()  # to the bit
   np.testing.assert_allclose(routed.logits, dense.logits, rtol=0, atol=1e-6)  # these are up to 1.6
   assert np.abs(run(make(keep=1.0, gate="sigmoid")).logits - dense.logits).max() > 1e-3  # halves what a block does
+
+
+def test_only_the_mlp_is_routed():
+  """Blocks 1 and 3 let 9 of 17 into their MLPs: each saves 8 rows of 2 x 16 x 32 multiply-adds and spends 17 x 16."""
+  module, params, images = small(place="mlp", keep=0.5, gate="tanh")
+  params["head"]["kernel"] = jnp.asarray(np.random.default_rng(1).normal(size=(16, 3)) / 4, jnp.float32)
+  outs = {mode: jax.jit(lambda p, mode=mode: module.apply({"params": p}, images, mode=mode))(params) for mode in MODES}
+  np.testing.assert_allclose(outs["mask"].logits, outs["gather"].logits, atol=1e-5)
+  assert outs["gather"].counts == (17, 17, 17, 17)
+  sites = dict(mod=MOD | dict(place="mlp", keep=9))
+  dense, routed = (tokred.build(dict(model=SMALL, sites=s)).macs for s in ({}, sites))
+  assert dense - routed == 2 * (8 * 2 * 16 * 32 - 17 * 16)
+  chosen, r = (np.asarray(reported(outs["gather"], "mod", name)[0]) for name in ("chosen", "score"))
+  weight = np.asarray(reported(outs["gather"], "mod", "update_weight")[0])
+  np.testing.assert_allclose(weight[chosen], np.tanh(r[chosen]), rtol=1e-5)

@@ -15,7 +15,8 @@ from tokred.tokens import Array, Plan, Tokens, inverse, of_prompt, rank, take
 GATES = {
   "double_sigmoid": lambda r: 2 * jax.nn.sigmoid(r),  # 1 at the start: a pretrained block is unchanged
   "sigmoid": jax.nn.sigmoid,
-  "raw": lambda r: r,  # the paper's; a routed block does nothing until the router has grown
+  "tanh": jnp.tanh,
+  "raw": lambda r: r,  # the paper's; with it, or tanh, a routed block does nothing until the router has grown
 }
 
 
@@ -74,10 +75,10 @@ class Router(Planner):
   """
 
   needs: ClassVar[tuple[str, ...]] = ()
-  places: ClassVar[tuple[str, ...]] = ("around",)
+  places: ClassVar[tuple[str, ...]] = ("around", "mlp")
   samples: ClassVar[bool] = False
 
-  gate: str = "double_sigmoid"  # double_sigmoid, sigmoid, raw
+  gate: str = "double_sigmoid"  # double_sigmoid, sigmoid, tanh, raw
   predictor: float = 0.0  # weight of its loss; above 0, it decides at inference
   text: bool = False  # llm: text may go round, too, and `keep` is a share of all tokens
   frame: int = 0  # llm: visual tokens of a frame, of which `keep` is a share; 0: of the whole prompt
@@ -105,7 +106,7 @@ class Router(Planner):
 
   @nn.compact
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
-    start = nn.initializers.normal(0.02) if self.gate == "raw" else nn.initializers.zeros
+    start = nn.initializers.normal(0.02) if self.gate in ("raw", "tanh") else nn.initializers.zeros
     w = self.param("kernel", start, (tokens.x.shape[-1],), jnp.float32)
     x = jnp.where(tokens.alive[..., None], tokens.x, 0).astype(jnp.float32)
     logits = jnp.einsum("bnd,d->bn", x, w, precision="highest")
