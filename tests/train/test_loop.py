@@ -200,6 +200,7 @@ def test_a_run_begins_from_another(run, tmp_path):
   np.testing.assert_array_equal(params["pos_embed"], micro.state(learned)["params/pos_embed"])
 
 
+@pytest.mark.thorough  # so do the next test's and those of tests/train/test_kills.py
 def test_same_seed_same_numbers(run, tmp_path):
   dense, _ = run("dense")
   train(micro.config(), tmp_path)

@@ -99,6 +99,7 @@ def test_two_stages(talks, stage_1, tmp_path):
   assert model.write(ids, np.zeros((1, 1, 16, 16, 3), np.float32), max_new_tokens=3).tokens.shape == (1, 3)
 
 
+@pytest.mark.thorough  # projectors alone: tests/vlm/test_projectors.py
 def test_another_projector_is_drawn_anew_and_the_teacher_keeps_its_own(talks, stage_1, tmp_path):
   folder, first = stage_1
   config = recipe(talks, f"init={folder},method=queries,keep=0.25", train__steps=1, optim__warmup_steps=0)
