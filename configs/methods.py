@@ -5,8 +5,8 @@
 
 Structural arguments: method (a name below), budget (share of the dense FLOPs), seed, and those of configs/sweep.py
 (dataset, steps, ...).  A name with "+tuned" fine-tunes a method that needs no training.  `greedy` and `sigmoid` search
-on a model: here they are what they start from, and `python -m tokred.sweep` runs them; so it does for the counts by layer
-that `dyt` ships.
+on a model: here they are what they start from, and `python -m tokred.sweep` runs them; so it does for the counts by
+layer that `dyt` ships.
 
 Accuracy expected on digits at 0.6 of the FLOPs, in percent, from configs/sweep.py:dataset=digits,steps=200 (mean over
 three seeds where something is trained; one of 360 images is 0.28):
@@ -29,7 +29,7 @@ three seeds where something is trained; one of 360 images is 0.28):
 | evit_drop | cls attention, the rest dropped | yes | 99.4 |
 | dynamicvit | Gumbel selectors with distillation | yes | 99.7 |
 | mctf | merges by three criteria, consistency | yes | 99.8 |
-| sit, stvit, stvit_recover | soft slots; semantic tokens; with all tokens back for the last block | yes | 99.4, 99.9, 99.5 |
+| sit, stvit, stvit_recover | soft slots; semantic tokens; and all tokens back at the end | yes | 99.4, 99.9, 99.5 |
 | avit | halting | yes | 99.2 |
 | autoencoder, autoencoder_alone | keeps what the others cannot reconstruct; on frozen features | yes | 99.4, 99.3 |
 | mod | Mixture-of-Depths around every second block | yes | 98.1 |
