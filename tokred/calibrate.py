@@ -188,25 +188,16 @@ def by_threshold(model: Model, batches: Iterable[Mapping[str, Any]], budget: flo
     raise ValueError(f"scores of {kinds} have no threshold in common; valid: one site of one reducer")
   passing = _passing(model, spots[0].site, batches)
 
-  def priced(means: Sequence[float]) -> tuple[list[int], float]:
-    counts = _reached(module, spots, [round(mean) for mean in means])
-    return counts, share(module, spots, counts)
-
-  all_pass, low, _ = passing(-math.inf)
-  none_pass, _, high = passing(math.inf)
-  (dearest, price), (within, least) = priced(all_pass), priced(none_pass)
-  if least > budget:
+  reached = lambda means: _reached(module, spots, [round(mean) for mean in means])  # noqa: E731
+  all_pass, lowest, _ = passing(-math.inf)
+  none_pass, _, highest = passing(math.inf)
+  if (least := share(module, spots, reached(none_pass))) > budget:
     raise ValueError(f"the sites cannot go down to budget={budget} of the dense cost, only to {least:.3f}")
-  if price <= budget:
-    return _with_keeps(model, spots, dearest)
-  for _ in range(halvings):
-    middle = (low + high) / 2
-    counts, price = priced(passing(middle)[0])
-    if price <= budget:
-      high, within = middle, counts
-    else:
-      low = middle
-  return _with_keeps(model, spots, _topped_up(module, spots, within, budget))
+  if share(module, spots, reached(all_pass)) <= budget:
+    return _with_keeps(model, spots, reached(all_pass))
+  none = float(np.nextafter(np.float32(highest), np.float32(np.inf)))
+  curve = lambda height: reached(passing(-height)[0])  # noqa: E731
+  return _with_keeps(model, spots, _largest(curve, -none, -lowest, module, spots, budget, halvings))
 
 
 def divergence(model: Model, batches: Iterable[Mapping[str, Any]]) -> Callable[[Sequence[int]], float]:
@@ -364,10 +355,11 @@ def _spread(module: ViT, spots: Sequence[Spot], even: set[str], free: float) -> 
 
 
 def _largest(
-  curve: Callable[[float], list[int]], low: float, high: float, module: ViT, spots: Sequence[Spot], budget: float
-) -> list[int]:
+  curve: Callable[[float], list[int]], low: float, high: float, module: ViT, spots: Sequence[Spot], budget: float,
+  halvings: int = 40,
+) -> list[int]:  # fmt: skip
   """The counts of a rising family that come next to the budget, then topped up; curve(low) must be within it."""
-  for _ in range(40):
+  for _ in range(halvings):
     middle = (low + high) / 2
     low, high = (middle, high) if share(module, spots, curve(middle)) <= budget else (low, middle)
   return _topped_up(module, spots, curve(low), budget)

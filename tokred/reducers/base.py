@@ -155,8 +155,9 @@ class Planner(Reducer):
       plan = plan.replace(gate=straight_through((plan.gate > 0) & tokens.alive, gate)) if train else plan
       return finish_rows(tokens, plan, keep.capacity, mode), report | {"count": count.mean()}
     if isinstance(keep, Threshold):
-      plan, report = self.plan(tokens, keep.capacity, train=train and self.samples)
-      if not train or "kept_share" not in report:  # else it samples a decision of its own, which is to learn
+      draws = train and self.decides  # a decision of its own, which is to learn
+      plan, report = self.plan(tokens, keep.capacity, train=draws)
+      if not draws:
         plan, report = self.plan(tokens, keep.count(tokens, report["score"]), train=False)
       return finish_rows(tokens, plan, keep.capacity, mode), report
     if isinstance(keep, Rows):
