@@ -46,6 +46,27 @@ def test_no_other_count_comes_nearer(budget):
     assert b > a or a > 17 or macs((17, a), (a, b)) / macs((17, 17), (17, 17)) > budget
 
 
+def test_learned_counts_are_scaled_to_the_target():
+  """8 and 4 unprotected tokens, and a site set by hand that lets 12 tokens through in front of them."""
+  by_hand = dict(reducer="topk", score="token_norm", layers=(0,), place="after", keep=9)
+  sites = dict(a_learned=dict(site(keep=(9, 5))["tokens"]), b_by_hand=by_hand)
+  model = tokred.build(CONFIG | {"sites": sites}).init()
+  dense = macs((17, 17), (17, 17))
+  at = lambda cost: calibrate.at_target(model, {"a_learned"}, cost / dense + 1e-6).sites  # noqa: E731
+  down = at(macs((17, 7), (7, 4)))  # f = 3/4: 6 and 3
+  assert down.a_learned.keep == (7, 4) and down.b_by_hand.keep == 9
+  # f = 5/8: 5 and round(2.5) = 2, where 14/25 gives 4 and 2; what that leaves of the budget is one token of the last.
+  assert at(macs((17, 6), (6, 4))).a_learned.keep == (6, 4)
+  # f = 3/2: 12 and 6; the site by hand keeps attention of block 1 at 9 tokens.
+  assert at(macs((17, 13), (9, 7))).a_learned.keep == (13, 7)
+  gmacs = calibrate.at_target(model, {"a_learned"}, macs((17, 7), (7, 4)) / 1e9 + 1e-12, "gmacs")
+  assert gmacs.sites.a_learned.keep == (7, 4)
+  tokens = calibrate.at_target(model, {"a_learned"}, (7 + 4) / 2, "tokens")  # the mean of what leaves the blocks
+  assert tokens.sites.a_learned.keep == (7, 4)
+  with pytest.raises(ValueError, match=r"sites a_learned cannot go down to 0.1 in unit 'fraction', only to 0\.\d+"):
+    calibrate.at_target(model, {"a_learned"}, 0.1)
+
+
 def test_shares_and_even_removal():
   config = CONFIG | {"model": MODEL | {"depth": 8, "image_size": (16, 16)}}
   (stages,) = calibrate.at_budget(config, site(layers="stages"), 0.6).values()

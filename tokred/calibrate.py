@@ -3,12 +3,13 @@
 `at_budget` spreads a budget by a rule.  `greedy` and `sigmoid` try counts on images, in the manner of G-Search and
 P-Sigmoid (Zhao et al., 2024, arXiv:2412.00556, there for language models): the baselines that learned rates must beat.
 Both run one compiled program in mask mode whose counts are an input.  `by_threshold` reads off a trained model how many
-tokens each of its layers has learned to keep.  `arank` tells which layers of a language model few tokens need.
+tokens each of its layers has learned to keep; `at_target` scales learned counts to a budget.  `arank` tells which
+layers of a language model few tokens need.
 """
 
 import collections
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from tokred import cost, losses
+from tokred import losses
 from tokred.arank import arank as arank
 from tokred.arank import converted as converted
 from tokred.arank import rank_of as rank_of
@@ -200,6 +201,34 @@ def by_threshold(model: Model, batches: Iterable[Mapping[str, Any]], budget: flo
   return _with_keeps(model, spots, _largest(curve, -none, -lowest, module, spots, budget, halvings))
 
 
+def at_target(model: Model, sites: Collection[str], target: float, unit: str = "fraction") -> ConfigDict:
+  """Learned counts, scaled until they cost what was asked for, and as little less as integers allow.
+
+  Learned rates stop where the pulls of budget and task balance, a percent beside the target, and then are rounded up.
+  Of n unprotected tokens that a spot keeps, round(f n) stay, with one f for all; at the end, single tokens come back
+  while there is room.
+
+  Args:
+    model: frozen.
+    sites: names of those whose counts were learned.
+    target: of `config.loss`.
+    unit: likewise, one of `losses.UNITS`.
+
+  Returns:
+    `model.config` with integers as `keep`.
+
+  Raises:
+    ValueError: these sites cannot reach the target.
+  """
+  module = model.module
+  spots = [spot for spot in module.sites.spots if spot.site in sites]
+  scaled = lambda f: _reached(module, spots, [s.protected + round(f * (s.keep - s.protected)) for s in spots])  # noqa: E731
+  if (least := share(module, spots, scaled(0.0), unit)) > target:
+    raise ValueError(f"sites {', '.join(sites)} cannot go down to {target:g} in unit {unit!r}, only to {least:.4g}")
+  high = float(module.shape.num_tokens)  # who keeps one token keeps all
+  return _with_keeps(model, spots, _largest(scaled, 0.0, high, module, spots, target, unit=unit))
+
+
 def divergence(model: Model, batches: Iterable[Mapping[str, Any]]) -> Callable[[Sequence[int]], float]:
   """counts -> mean KL(dense || reduced) over the images; one program, however many counts are tried.
 
@@ -254,11 +283,9 @@ def _passing(
   return run
 
 
-def share(module: ViT, spots: Sequence[Spot], counts: Sequence[int]) -> float:
-  """Multiply-adds with these counts out of these spots, as a share of the dense model's."""
-  s = module.shape
-  profile = module.sites.profile(s.width, s.num_heads, _by_site(spots, counts))
-  return float(cost.macs(s.sizes(), profile)) / losses.dense_macs(module)
+def share(module: ViT, spots: Sequence[Spot], counts: Sequence[int], unit: str = "fraction") -> float:
+  """What these counts out of these spots cost: a share of the dense multiply-adds, or in a unit of `losses.UNITS`."""
+  return float(losses.spent(module, unit, _by_site(spots, counts)))
 
 
 def with_counts(sites: Mapping[str, Any], spots: Sequence[Spot], counts: Sequence[int]) -> dict[str, dict]:
@@ -356,23 +383,25 @@ def _spread(module: ViT, spots: Sequence[Spot], even: set[str], free: float) -> 
 
 def _largest(
   curve: Callable[[float], list[int]], low: float, high: float, module: ViT, spots: Sequence[Spot], budget: float,
-  halvings: int = 40,
+  halvings: int = 40, unit: str = "fraction",
 ) -> list[int]:  # fmt: skip
   """The counts of a rising family that come next to the budget, then topped up; curve(low) must be within it."""
   for _ in range(halvings):
     middle = (low + high) / 2
-    low, high = (middle, high) if share(module, spots, curve(middle)) <= budget else (low, middle)
-  return _topped_up(module, spots, curve(low), budget)
+    low, high = (middle, high) if share(module, spots, curve(middle), unit) <= budget else (low, middle)
+  return _topped_up(module, spots, curve(low), budget, unit)
 
 
-def _topped_up(module: ViT, spots: Sequence[Spot], counts: Sequence[int], budget: float) -> list[int]:
+def _topped_up(
+  module: ViT, spots: Sequence[Spot], counts: Sequence[int], budget: float, unit: str = "fraction"
+) -> list[int]:
   """Gives back a token at a time, last spots first, as long as it costs something and the budget holds."""
-  counts, price, grows = list(counts), share(module, spots, counts), True
+  counts, price, grows = list(counts), share(module, spots, counts, unit), True
   while grows:
     grows = False
     for index in reversed(range(len(spots))):
       trial = [*counts[:index], counts[index] + 1, *counts[index + 1 :]]
-      if _reached(module, spots, trial) == trial and price < (dearer := share(module, spots, trial)) <= budget:
+      if _reached(module, spots, trial) == trial and price < (dearer := share(module, spots, trial, unit)) <= budget:
         counts, price, grows = trial, dearer, True
   return counts
 

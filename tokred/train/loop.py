@@ -21,7 +21,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from tokred import checkpoint, evaluate, loading, lora, pretrained, rates, sharding
+from tokred import calibrate, checkpoint, evaluate, loading, lora, pretrained, rates, sharding
 from tokred import data as tokred_data
 from tokred.config import complete
 from tokred.files import write_json
@@ -152,7 +152,7 @@ class _Run:
     """Learned rates become integers, and from here on survivors are gathered."""
     if self.phase.mode == "gather":
       return state
-    frozen = freeze(Model(self.phase.config, self.phase.module, state["params"]))
+    frozen = self._at_target(freeze(Model(self.phase.config, self.phase.module, state["params"])))
     config = complete(frozen.config)
     with config.unlocked():
       config.train.mode = "gather"
@@ -161,6 +161,19 @@ class _Run:
     self.phase = Phase(config, self.phase.mesh, self.total, frozen=True)
     self.alarms = Alarms(self.phase.module.sites)
     return transfer(state, self.phase.target)
+
+  def _at_target(self, frozen: Model) -> Model:
+    """With counts that meet the target, where all that is learned are counts of the encoder, and any count will do."""
+    c, module = self.phase.config, self.phase.module
+    learned = {spot.site for spot in module.spots if spot.rate in rates.LEARNED}
+    counts = {spot.site for spot in module.sites.spots if spot.rate == "learned"}
+    if not c.loss.budget or learned != counts or c.rates.multiple_of > 1:
+      return frozen
+    met = calibrate.at_target(frozen, counts, c.loss.target, c.loss.target_unit)
+    self.log.message(
+      f"learned counts {frozen.counts} are scaled to the target of {c.loss.target:g} {c.loss.target_unit}"
+    )
+    return frozen.with_sites(met.sites.to_dict())
 
   def _tell(self, frozen: Model) -> None:
     """The schedule that rates have learned until now, if they have; summary.json has it too."""
