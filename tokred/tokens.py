@@ -7,6 +7,8 @@ Every reduction is a linear map Y = W X whose rows are the survivors.  A `Plan` 
 full length (the dead follow the survivors), `compact` at k tokens; the first k rows of both are the same.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -106,6 +108,44 @@ def take(values: Array, index: Array, form: str | None = None) -> Array:
   dtype = values.dtype if jnp.issubdtype(values.dtype, jnp.inexact) else jnp.float32
   one_hot = jax.nn.one_hot(index, values.shape[1], dtype=dtype)
   return jnp.einsum("bmn,bn...->bm...", one_hot, values.astype(dtype), precision="highest").astype(values.dtype)
+
+
+def standing(values: Array, order: Array, place: Array, first: int = 0, form: str | None = None) -> Array:
+  """Values of those who stand at places `first`, `first` + 1, ...; the gradient is gathered, too.
+
+  JAX makes a scatter of a gather's gradient, for it does not know that each token stands in one place.
+
+  Args:
+    values: (B, N, ...).
+    order: (B, M) int32; who stands there.
+    place: (B, N) int32; where each token stands, the inverse of the whole order.
+    first: place of the first of them.
+    form: see `take`.
+
+  Returns:
+    (B, M, ...) of the dtype of values.
+  """
+  if not jnp.issubdtype(values.dtype, jnp.inexact):
+    return take(values, order, form)
+  return _standing(values, order, place, first, form)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _standing(values: Array, order: Array, place: Array, first: int, form: str | None) -> Array:
+  return take(values, order, form)
+
+
+def _standing_forward(values: Array, order: Array, place: Array, first: int, form: str | None) -> tuple[Array, Array]:
+  return take(values, order, form), place
+
+
+def _standing_backward(first: int, form: str | None, place: Array, gradient: Array) -> tuple[Array, None, None]:
+  here = (place >= first) & (place < first + gradient.shape[1])
+  back = take(gradient, jnp.clip(place - first, 0, gradient.shape[1] - 1), form)
+  return jnp.where(here.reshape(here.shape + (1,) * (back.ndim - 2)), back, 0), None, None
+
+
+_standing.defvjp(_standing_forward, _standing_backward)
 
 
 SORTED = 256  # from this length on, sorting costs less than comparing every pair
@@ -208,15 +248,21 @@ def fold(tokens: Tokens, plan: Plan, *, survival: Array | None = None, form: str
   x, size = tokens.x, tokens.size
   owns = plan.owner == jnp.arange(x.shape[1])
   if plan.weight is not None:
-    merge = jax.nn.one_hot(plan.owner, x.shape[1], axis=1, dtype=x.dtype)  # (B, owner, member); a row of -1 is zero
-    weight = jnp.where(plan.owner >= 0, plan.weight, 0.0)  # that of a dead token may be garbage
-    merged = jnp.einsum("bon,bnd->bod", merge * weight[:, None].astype(x.dtype), x, precision="highest")
-    x = jnp.where(owns[..., None], merged, x)
+    weight = jnp.where(plan.owner >= 0, plan.weight, 0.0).astype(x.dtype)  # that of a dead token may be garbage
+    if scatters() and form is None:
+      given = x * weight[..., None]
+      moves = (plan.owner >= 0) & ~owns
+      given, x = jnp.where(moves[..., None], given, 0), jnp.where(owns[..., None], given, x)
+      x = scatter_add(x, jnp.maximum(plan.owner, 0), given)
+    else:
+      merge = jax.nn.one_hot(plan.owner, x.shape[1], axis=1, dtype=x.dtype)  # (B, owner, member); a row of -1 is zero
+      merged = jnp.einsum("bon,bnd->bod", merge * weight[:, None], x, precision="highest")
+      x = jnp.where(owns[..., None], merged, x)
     size = jnp.where(owns, group_sum(plan.owner, size), size)
-  moved = jax.tree.map(
-    lambda leaf: take(leaf, plan.order, form), (x, mask, size, tokens.position, tokens.protected, tokens.feats)
+  moved = (x, mask, size, tokens.position, tokens.protected, tokens.feats)
+  x, mask, size, position, protected, feats = jax.tree.map(
+    lambda leaf: standing(leaf, plan.order, place, form=form), moved
   )
-  x, mask, size, position, protected, feats = moved
   return Tokens(x, mask, size, position, _follow(tokens.owner, plan.owner, place), protected, feats)
 
 
@@ -231,14 +277,14 @@ def compact(tokens: Tokens, plan: Plan, k: int, *, form: str | None = None) -> T
   """
   place = inverse(plan.order)
   kept, gone = plan.order[:, :k], plan.order[:, k:]
-  x, size = take(tokens.x, kept, form), take(tokens.size, kept)
+  x, size = standing(tokens.x, kept, place, form=form), take(tokens.size, kept)
   if plan.weight is not None and gone.shape[1]:
     owner = take(plan.owner, gone)
     target = jnp.where(owner >= 0, take(place, jnp.maximum(owner, 0)), -1)
     weight = jnp.where(target >= 0, take(plan.weight, gone), 0.0).astype(x.dtype)
     x = x * take(plan.weight, kept)[..., None].astype(x.dtype)
     # A zero weight does not silence the garbage that a dead token may hold.
-    gone_x = jnp.where(target[..., None] >= 0, take(tokens.x, gone, form), 0)
+    gone_x = jnp.where(target[..., None] >= 0, standing(tokens.x, gone, place, k, form), 0)
     gone_size = jnp.where(target >= 0, take(tokens.size, gone), 0.0)
     if scatters() and form is None:
       target = jnp.maximum(target, 0)
@@ -249,7 +295,7 @@ def compact(tokens: Tokens, plan: Plan, k: int, *, form: str | None = None) -> T
       size = size + jnp.einsum("bkn,bn->bk", merge.astype(jnp.float32), gone_size, precision="highest")
   mask = tokens.alive & (plan.gate > 0)
   rest = (mask, tokens.position, tokens.protected, tokens.feats)
-  mask, position, protected, feats = jax.tree.map(lambda leaf: take(leaf, kept, form), rest)
+  mask, position, protected, feats = jax.tree.map(lambda leaf: standing(leaf, kept, place, form=form), rest)
   return Tokens(x, mask, size, position, _follow(tokens.owner, plan.owner, place), protected, feats)
 
 
