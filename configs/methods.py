@@ -8,6 +8,15 @@ Structural arguments: method (a name below), budget (share of the dense FLOPs), 
 on a model: here they are what they start from, and `python -m tokred.sweep` runs them; so it does for the counts by
 layer that `dyt` ships.
 
+`sit_stages` and two other methods are not in the sweep.  `diffrate_released` has counts of its own, and no budget:
+
+  python train.py --config=configs/methods.py:method=diffrate_released,schedule=deit_s_2.9g,dataset=imagenet2012,\
+variant=S/16,image_size=224,classes=1000 --workdir=runs/released --config.init=deit_small.safetensors \
+    --config.model.position=learned
+
+and `ltmp` learns thresholds, with which each image keeps another number of tokens: what it costs is the mean that
+eval.py tells under "sites", while "counts" and "gflops" are those of an image that keeps them all.
+
 Accuracy expected on digits at 0.6 of the FLOPs, in percent, from configs/sweep.py:dataset=digits,steps=200 (mean over
 three seeds where something is trained; one of 360 images is 0.28):
 
@@ -20,16 +29,20 @@ three seeds where something is trained; one of 360 images is 0.28):
 | maxmin, mmr | farthest first; relevance against redundancy | none | 99.7, 99.7 |
 | kmeans, dpcknn | clusters | none | 99.7, 100.0 |
 | tome, pitome, tofu, transforming | merge what is alike | none | 99.7, 99.7, 99.7, 97.8 |
+| tome_kth, tome_random | ToMe's other splits: all but tokens at even steps merge; random ones do | none | 99.7, 99.7 |
 | ats | samples by the scores' distribution | none | 91.4 |
 | greedy, sigmoid | ToMe with searched counts | none | 99.7, 99.7 |
 | topk_merge | prune and merge as DiffRate, counts set by hand | yes | 99.7 |
 | diffrate, diffrate_alone | prune and merge, counts learned; the counts alone, as its authors do | yes | 99.4, 98.0 |
+| diffrate_released | its authors' counts for DeiT-S at 224 (schedule=deit_s_2.3g, deit_s_2.9g) | yes | not run |
 | tome_learned | ToMe, counts learned | yes | 99.8 |
+| ltmp | merges what is alike and drops what is ignored, by a learned threshold each | yes | not run |
 | evit, evit_scheduled | cls attention, the rest fused; counts that fall over half of the training | yes | 99.7, 99.4 |
 | evit_drop | cls attention, the rest dropped | yes | 99.4 |
 | dynamicvit | Gumbel selectors with distillation | yes | 99.7 |
 | mctf | merges by three criteria, consistency | yes | 99.8 |
 | sit, stvit, stvit_recover | soft slots; semantic tokens; and all tokens back at the end | yes | 99.4, 99.9, 99.5 |
+| sit_stages | soft slots of soft slots behind each of the first three blocks, as its authors do | yes | not run |
 | avit | halting | yes | 99.2 |
 | autoencoder, autoencoder_alone | keeps what the others cannot reconstruct; on frozen features | yes | 99.4, 99.3 |
 | mod | Mixture-of-Depths around every second block | yes | 98.1 |
@@ -44,7 +57,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tokred.config import arguments
+from tokred.config import arguments, nearest
 
 # Weights of an own loss, or settings of training, stand beside the sites: groups of the training config.  `tune`:
 # whether the method is fine-tuned; `freeze`: share of the steps after which learned rates are integers; `search`: how
@@ -79,6 +92,8 @@ METHODS: dict[str, dict[str, Any]] = {
   "ats": _one("ats"),
   # Fusion
   "tome": _one("tome", "every"),
+  "tome_kth": _one("tome_kth", "every"),
+  "tome_random": _one("tome_random", "every"),
   "pitome": _one("pitome", "every"),
   "tofu": _one("tofu", "every"),
   "transforming": _one("transforming"),
@@ -143,13 +158,80 @@ METHODS: dict[str, dict[str, Any]] = {
 def get_config(arg: str | None = None) -> ConfigDict:
   from configs import sweep  # which names this table too
 
-  own = dict(method="evit", budget=0.6, seed=0)
+  own = dict(method="evit", budget=0.6, seed=0, schedule="")
   args = arguments(arg, **own, **sweep.ARGUMENTS)
   rest = ",".join(f"{name}={args[name]}" for name in sweep.ARGUMENTS)
   from tokred.sweep import recipe  # JAX comes with it: only now
 
-  config = recipe(sweep.get_config(rest), args.method, args.budget, args.seed)
+  made = sweep.get_config(rest)
+  model = made.dense.model
+  apart = dict(  # not in the table of the sweep, whose methods do not know the model
+    diffrate_released=lambda: _released(args.schedule, model),
+    ltmp=lambda: _ltmp(args.budget, model),
+    sit_stages=lambda: _sit_stages(model),
+  )
+  known = (*METHODS, *apart)
+  if args.method.removesuffix("+tuned") not in known:
+    raise ValueError(f"config argument method={args.method!r} is unknown; {nearest(args.method, known)}")
+  if args.schedule and args.method != "diffrate_released":
+    raise ValueError(f"config argument schedule={args.schedule!r} is for method=diffrate_released, not {args.method!r}")
+  if args.method in apart:
+    made.table[args.method] = ConfigDict(apart[args.method]())
+  config = recipe(made, args.method, args.budget, args.seed)
   if args.runlocal:
     for name in ("distill_logits", "distill_tokens", "recalibration"):  # there is no teacher
       config.loss[name] = 0.0
   return config
+
+
+def _released(schedule: str, model: ConfigDict) -> dict[str, Any]:
+  """DiffRate with counts that its authors have learned for another model of the same blocks and tokens."""
+  from tokred.nn import vit
+  from tokred.reducers import diffrate
+
+  if schedule not in diffrate.SCHEDULES:
+    raise ValueError(f"config argument schedule={schedule!r} is unknown; {nearest(schedule, diffrate.SCHEDULES)}")
+  counts, shape = diffrate.SCHEDULES[schedule], vit.shape(model)
+  wanted = len(counts[0]), counts[0][0]
+  if (shape.depth, shape.num_tokens) != wanted:
+    raise ValueError(
+      f"config argument schedule={schedule!r} is for {wanted[0]} blocks and {wanted[1]} tokens, and not for the "
+      f"{shape.depth} blocks and {shape.num_tokens} tokens of {model.variant} at {model.image_size}; valid: another "
+      "dataset, variant and image_size, such as variant=S/16,image_size=224"
+    )
+  return dict(sites=dict(tokens=diffrate.site(*counts)), tune=True)
+
+
+def _ltmp(budget: float, model: ConfigDict) -> dict[str, Any]:
+  """Learned thresholds in every block, merging before pruning.  (Bonnaerens & Dambre, 2023, arXiv:2307.10780)
+
+  Pairs that are more alike than theta merge, and tokens to which less than theta' of the attention goes are dropped;
+  they start at 0.9 and 0.  The authors' softness is 0.1, many times the attention that a token gets.
+  """
+  from tokred.nn import vit
+
+  depth = vit.shape(model).depth
+  site = dict(reducer=("dymu_merge", "topk"), score="column_mean", layers=tuple(range(depth)), rate="learned_threshold")
+  site |= dict(threshold=(-0.9, 0.0) * depth, softness=0.02)
+  speed = ((r".*dymu_merge/rate/.*", 10.0), (r".*topk/rate/.*", 0.3))  # one moves by tenths, the other by hundredths
+  loss = dict(budget=20.0, target=budget)
+  return CALM | dict(
+    sites=dict(tokens=site), optim=dict(multipliers=speed), loss=loss, train=dict(mode="mask"), tune=True
+  )
+
+
+def _sit_stages(model: ConfigDict) -> dict[str, Any]:
+  """Slots of slots behind each of the first three blocks, undone behind these and every later one; SiT's authors'.
+
+  Each stage keeps the same share of what arrives, theirs a half: int(P 0.5^i).
+  """
+  from tokred.nn import vit
+
+  depth = vit.shape(model).depth
+  if depth < 4:
+    raise ValueError(
+      f"config argument method='sit_stages' slims behind three blocks; this model has {depth}; valid: 4 or more"
+    )
+  slim = dict(reducer="sit", layers=(0, 1, 2), reverse=True)
+  back = dict(reducer="sit_reverse", layers=tuple(range(3, depth)))
+  return dict(sites=dict(slim=slim, back=back), loss=dict(distill_logits=2.0, recalibration=2.0), tune=True)

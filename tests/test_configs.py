@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import tokred
-from tokred import sharding, sweep
+from tokred import losses, sharding, sweep
 from tokred.config import complete, default
 from tokred.train.loop import train
 
@@ -123,6 +123,67 @@ def test_every_method_builds(method):
   config = get_config("methods", f"method={method},budget=0.6")
   assert tokred.build(config).module.sites.spots and config.is_locked
   assert config.to_dict().keys() == default().to_dict().keys()
+
+
+SMALL = "dataset=image_folder,variant=S/16,image_size=224"
+
+
+@pytest.mark.parametrize("schedule, gmacs", [("deit_s_2.3g", 2.327), ("deit_s_2.9g", 2.905)])
+def test_a_released_schedule(schedule, gmacs):
+  """What the authors print for DeiT-S, within the MACs of 998 classes that are missing here: 0.0004 G."""
+  config = get_config("methods", f"method=diffrate_released,schedule={schedule},{SMALL}")
+  model = tokred.build(config)
+  assert model.macs / 1e9 == pytest.approx(gmacs, abs=1e-3)
+  assert model.counts[0] in (197, 194) and model.counts[-1] == 3
+  assert config.train.mode == "gather" and config.loss.budget == 0 and config.is_locked
+  assert "diffrate_released" not in METHODS  # a sweep has models of other depths
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ("method=diffrate_released", r"schedule='' is unknown; valid: deit_s_2.3g, deit_s_2.9g"),
+    (f"method=diffrate_released,schedule=deit_s_2.8g,{SMALL}", r"schedule='deit_s_2.8g' is unknown; did you mean"),
+    (
+      "method=diffrate_released,schedule=deit_s_2.9g",
+      r"is for 12 blocks and 197 tokens, and not for the 6 blocks and 65 tokens of mu/4 at \(32, 32\); valid: .*S/16",
+    ),
+    ("method=tome,schedule=deit_s_2.9g", "schedule='deit_s_2.9g' is for method=diffrate_released, not 'tome'"),
+    ("method=ltpm", "method='ltpm' is unknown; did you mean 'ltmp'"),
+  ],
+)
+def test_a_schedule_that_does_not_fit_is_refused(arguments, message):
+  with pytest.raises(ValueError, match=f"config argument .*{message}"):
+    get_config("methods", arguments)
+
+
+def test_sit_in_stages():
+  """Slots of slots behind the first three blocks, a share of what arrives each, and a reverse module behind all."""
+  config = get_config("methods", "method=sit_stages,budget=0.6")
+  model = tokred.build(config)
+  first, second, third, *rest = model.counts
+  assert 65 > first > second > third and set(rest) == {third}
+  assert 0.55 < model.macs / losses.dense_macs(model.module) <= 0.6
+  assert config.sites.slim.reverse and config.sites.back.layers == (3, 4, 5) and config.loss.recalibration == 2.0
+  with pytest.raises(ValueError, match="slims behind three blocks; this model has 3; valid: 4 or more"):
+    get_config("methods", "method=sit_stages,dataset=fashion_mnist,runlocal")
+
+
+@pytest.mark.thorough
+def test_learned_thresholds(one_device, tmp_path):
+  """Three blocks with a threshold each for merging and for pruning; images keep different numbers afterwards."""
+  config = get_config("methods", "method=ltmp,budget=0.8,runlocal")
+  with config.unlocked():
+    config.model.update(dict(width=16, depth=3, mlp_dim=32, image_size=(16, 16)))
+    config.sites.tokens.update(dict(layers=(0, 1, 2), threshold=(-0.3, 0.0) * 3))  # some merge at once
+  summary = train(config, tmp_path / "run")
+  logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert all("train/budget" in line for line in logged)
+  frozen = tokred.freeze(tokred.load(tmp_path / "run"))
+  site = frozen.config.sites.tokens
+  assert site.rate == "threshold" and set(np.sign(site.threshold[::2])) == {-1.0}
+  assert all(before != after for before, after in zip((-0.3, 0.0) * 3, site.threshold, strict=True))
+  assert 2 <= summary["sites"]["tokens/2/topk"] < 17
 
 
 @pytest.mark.thorough

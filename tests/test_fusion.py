@@ -1,4 +1,4 @@
-"""Fusion: PiToMe, ToFu, Token Transforming, self-slimming, semantic tokens, and ToMe's split at even steps."""
+"""Fusion: PiToMe, ToFu, Token Transforming, self-slimming, semantic tokens, and ToMe's other two splits."""
 
 import functools
 import math
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from golden import MODES, backbone, check_forward, check_sources, forward, model, needs_golden, quick, recorded
 
-from tokred import losses
+import tokred
+from tokred import losses, scores
 from tokred import tokens as tk
-from tokred.reducers import pitome, sit, stvit, tofu, tome_kth, transforming
+from tokred.reducers import pitome, sit, stvit, tofu, tome_kth, tome_random, transforming
 
 
 def make(x, *, prefix=0, alive=None, key=None, **feats):
@@ -47,6 +48,9 @@ def both(reducer, tokens, keep, variables=None):
   for name in ("x", "size", "position", "protected"):
     np.testing.assert_allclose(getattr(masked, name)[:, :keep], getattr(gathered, name), atol=1e-6, err_msg=name)
   return gathered, report
+
+
+RNGS = {"reduce": jax.random.key(0), "dropout": jax.random.key(1)}
 
 
 def sources(tokens, k):
@@ -198,6 +202,51 @@ def test_kth_split():
   assert np.flatnonzero(got[0]).tolist() == [3, 5, 7]
 
 
+# ToMe at random.
+
+
+def test_tome_random():
+  """Two images of CLS and 16 tokens, 10 stay: 7 go into the most similar of the 9 that are not CLS.
+
+  Who stays is whose score "random" is highest; where the seven go, NumPy's argmax of the cosines tells.
+  """
+  rng = np.random.default_rng(0)
+  x, key = rng.normal(size=(2, 17, 4)), rng.normal(size=(2, 17, 3))
+  size = rng.integers(1, 5, (2, 17)).astype(np.float32)
+  tokens = make(x, prefix=1, key=key).replace(size=jnp.asarray(size))
+  out, _ = both(tome_random.ToMeRandom(), tokens, 10)
+  luck = np.array(scores.random(tokens))
+  for row in range(2):
+    stays = 1 + np.sort(np.argsort(-luck[row, 1:])[:9])
+    unit = key[row] / np.linalg.norm(key[row], axis=1, keepdims=True)
+    into = np.where(np.isin(np.arange(17), [0, *stays]), np.arange(17), stays[(unit @ unit[stays].T).argmax(1)])
+    survivors = [0, *stays]
+    for place, owner in enumerate(survivors):
+      group = into == owner
+      np.testing.assert_allclose(out.size[row, place], size[row, group].sum())
+      mean = (size[row, group, None] * x[row, group]).sum(0) / size[row, group].sum()
+      np.testing.assert_allclose(out.x[row, place], mean, rtol=1e-5)
+    np.testing.assert_array_equal(out.owner[row], [survivors.index(owner) for owner in into])
+    np.testing.assert_array_equal(out.position[row], survivors)
+  assert out.x.shape == (2, 10, 4) and not np.array_equal(out.position[0], out.position[1])
+  np.testing.assert_array_equal(out.size.sum(1), size.sum(1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tome_random_draws_in_training(mode):
+  """Another seed chooses others, the same seed the same; without a stream the choice is that of inference."""
+  x = np.random.default_rng(1).normal(size=(1, 17, 4))
+  tokens, reducer = make(x, prefix=1, key=x), tome_random.ToMeRandom()
+
+  def chosen(train, **rngs):
+    return reducer.apply({}, tokens, 10, train=train, mode=mode, rngs=rngs)[0].position[0, :10].tolist()
+
+  drawn = [chosen(True, reduce=jax.random.key(seed)) for seed in (0, 0, 1, 2)]
+  assert drawn[0] == drawn[1] and len({tuple(places) for places in drawn}) == 3
+  assert all(places[0] == 0 and len(set(places)) == 10 for places in drawn)
+  assert chosen(True) == chosen(False) == chosen(False, reduce=jax.random.key(0)) != drawn[0]
+
+
 # Token Transforming.
 
 
@@ -319,6 +368,42 @@ def test_sit_in_a_model():
     functools.partial(module.init_with_output, jax.random.key(0), **kwargs), jnp.zeros((2, 64, 64, 3))
   )[0]
   assert shape(train=True, mode="mask").aux["reduce/undo/recovered"][0].shape == (2, 64, 96)
+
+
+@pytest.mark.thorough
+def test_sit_in_stages():
+  """The same slots with and without a head of their own that undoes them, and the head is SiTReverse on the slots.
+
+  64 patches, int(64 0.5^i) slots and CLS behind block i - 1.  Behind each of the six blocks there is a head, and
+  freezing drops them all: 33, 17 and 9 tokens come out as before.
+  """
+  slim = dict(reducer="sit", layers=(0, 1, 2), keep=(0.5, 0.25, 0.125), reverse=True)
+  sites = dict(slim=slim, back=dict(reducer="sit_reverse", layers=(3, 4, 5)))
+  config = dict(variant="mu/8", width=16, depth=6, num_heads=2, mlp_dim=32, image_size=(64, 64), num_classes=3)
+  whole = tokred.build(dict(model=config, sites=sites)).init(0)
+  assert whole.counts == (33, 17, 9, 9, 9, 9)
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32)
+  run = functools.partial(whole.module.apply, {"params": whole.params}, images, train=True, rngs=RNGS)
+  outs = {mode: jax.jit(functools.partial(run, mode=mode), compiler_options=quick())() for mode in MODES}
+  recovered = {mode: losses.reported(whole.module, out, "recovered") for mode, out in outs.items()}
+  assert [spot.layer for spot in recovered["gather"]] == [0, 1, 2, 3, 4, 5]
+  for spot, found in recovered["gather"].items():
+    assert found.shape == (2, 64, 16)
+    np.testing.assert_allclose(recovered["mask"][spot], found, atol=5e-5)
+  np.testing.assert_allclose(outs["mask"].logits, outs["gather"].logits, atol=1e-5)
+  own = whole.params["block_1"]["reduce"]["slim"]["sit"]["sit_reverse"]
+  leaving = tk.start(outs["gather"].aux["tokens/1"], 1).replace(owner=outs["gather"].aux["owner/1"])
+  _, alone = run_reverse(own, leaving, 17)
+  second = next(found for spot, found in recovered["gather"].items() if spot.layer == 1)
+  np.testing.assert_allclose(alone["recovered"], second, atol=1e-5)
+  frozen = tokred.freeze(whole)
+  assert set(frozen.config.sites) == {"slim"} and frozen.counts == whole.counts
+  assert "sit_reverse" not in str(jax.tree_util.tree_structure(frozen.params))
+  np.testing.assert_array_equal(frozen(images).logits, whole(images).logits)
+
+
+def run_reverse(params, tokens, keep):
+  return sit.SiTReverse().apply({"params": params}, tokens, keep, train=True, mode="gather")
 
 
 def test_recalibration():

@@ -10,6 +10,7 @@ from tokred.reducers import REGISTRY, Planner, Reducer, keep_top
 from tokred.reducers.base import merge_into, num_kept, ranks
 from tokred.reducers.diffrate import DiffRateMerge
 from tokred.reducers.hiprune import HiPrune
+from tokred.reducers.mctf import MCTF
 from tokred.reducers.router import Router
 from tokred.reducers.spa import SPA
 from tokred.reducers.tome import ToMe
@@ -24,6 +25,7 @@ OPTIONS = {  # modules whose options take other ways through the code, the laws 
   "raster": (TopK(raster=True, score="key_norm"), (7,), LATER),
   "norm": (TopK(score="token_norm"), (10,), ("bfloat16",)),
   "alone": (SPA(group=1), (2, 5, 9), LATER),
+  "anew": (MCTF(one_step_ahead=False), (2, 3), ("model",)),
 }
 
 

@@ -18,7 +18,7 @@ from golden import (
 )
 
 from tokred import config as defaults
-from tokred import losses
+from tokred import cost, losses
 from tokred import tokens as tk
 from tokred.nn import vit
 from tokred.reducers.mctf import MCTF
@@ -116,6 +116,55 @@ def test_what_merges_by_hand():
   out = tk.compact(tokens, plan, 3)
   np.testing.assert_allclose(out.x, [[[9, 9], [0.1, 1], [1, 0]]], atol=1e-6)
   np.testing.assert_array_equal(out.owner, [[0, 2, 2, 1, 1]])
+
+
+SIZES = dict(variant="mu/4", width=16, depth=2, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=3)
+
+
+def micro(**options):
+  site = dict(reducer="mctf", layers=(1,), keep=12) | options
+  return vit.make(defaults.complete({"model": SIZES}).model, dict(merge=site))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_anew(mode):
+  """Block 1 in NumPy: the map of 17 tokens, 12 tokens from it, then softmax(q k^T / sqrt(d) + log s) v of these."""
+  module = micro(one_step_ahead=False)
+  images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+  params = jax.jit(module.init, compiler_options=quick())(jax.random.key(0), images)["params"]
+  run = lambda params: module.apply({"params": params}, images, mode=mode)  # noqa: E731
+  aux = jax.jit(run, compiler_options=quick())(params).aux
+  p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["block_1"])
+
+  def norm(x, p):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+
+  def attention(x, size):
+    qkv = np.einsum("bnd,dche->cbhne", norm(x, p["norm1"]), p["attn"]["qkv"]["kernel"])
+    q, k, v = qkv + p["attn"]["qkv"]["bias"][:, None, :, None]
+    weight = size[:, None, None] * np.exp(q @ k.swapaxes(2, 3) / np.sqrt(8))
+    weight = weight / weight.sum(-1, keepdims=True)
+    out = np.einsum("bhnd,hde->bne", weight @ v, p["attn"]["proj"]["kernel"]) + p["attn"]["proj"]["bias"]
+    return weight.mean((1, 2)), out
+
+  x = np.asarray(aux["tokens/0"], np.float64)
+  column_mean, _ = attention(x, np.ones(x.shape[:2]))
+  tokens = tk.start(jnp.asarray(x, jnp.float32), 1).replace(feats={"column_mean": jnp.asarray(column_mean)})
+  merged, _ = module.sites.spots[0].module().apply({}, tokens, 12, train=False, mode="gather")
+  assert merged.size.max() > 1
+  x = np.asarray(merged.x, np.float64)
+  x = x + attention(x, np.asarray(merged.size))[1]
+  mlp = p["mlp"]
+  h = norm(x, p["norm2"]) @ mlp["fc1"]["kernel"] + mlp["fc1"]["bias"]
+  x = x + np.asarray(jax.nn.gelu(h, approximate=False)) @ mlp["fc2"]["kernel"] + mlp["fc2"]["bias"]
+  np.testing.assert_allclose(aux["tokens/1"][:, :12], x, atol=2e-5)
+  np.testing.assert_array_equal(aux["owner/1"], merged.owner)
+
+
+def test_price_of_attention_anew():
+  # 17 tokens of width 16 are projected to queries, keys and values before those that are left are: 3 x 17 x 16^2.
+  ahead, anew = (cost.of(micro(one_step_ahead=there)) for there in (True, False))
+  assert anew - ahead == 3 * 17 * 256
 
 
 def test_a_spot_that_lets_all_through_says_so():

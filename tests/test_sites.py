@@ -32,6 +32,10 @@ def counts(**named):
       dict(TOPK, place="mlp"),
       r"sites.s.place='mlp' does not suit reducer 'topk'; valid: attn, before, after, around, output",
     ),
+    (
+      dict(reducer=("sit", "sit_reverse"), layers=(1,), place="after", keep=((9,), (9,))),
+      r"sites.s.reducer=\('sit', 'sit_reverse'\): 'sit_reverse' serves training alone, and needs a site of its own",
+    ),
     (dict(TOPK, stack="llm"), r"sites.s.stack='llm' does not exist in this model; valid: encoder"),
     (dict(reducer="topk", keep=0.5), r"sites.s.layers is missing; valid: a tuple of block numbers from 0 to 3"),
     (dict(TOPK, layers=(1, 4)), r"sites.s.layers has 4, but the encoder has layers 0 to 3"),

@@ -229,6 +229,8 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
   for cls, reducer in zip(classes, names, strict=True):
     if place not in cls.places:
       raise ValueError(f"{field}.place={place!r} does not suit reducer {reducer!r}; valid: {', '.join(cls.places)}")
+  if len(names) > 1 and (heads := [name for name, cls in zip(names, classes, strict=True) if cls.training_only]):
+    raise ValueError(f"{field}.reducer={names}: {heads[0]!r} serves training alone, and needs a site of its own")
   for cls, reducer in zip(classes, names, strict=True):
     if stack.name not in cls.stacks:
       raise ValueError(

@@ -168,36 +168,62 @@ class Block(nn.Module):
     c, layer, dtype, shape = self.config, self.layer, jnp.dtype(self.config.dtype), self.shape
     mask = tokens.mask if self.sites.masked(layer, mode) else None
     size = tokens.size if self.sites.proportional(layer, mode) else None
-    if size is not None and mask is not None and mask.dtype == bool:
-      size = jnp.where(mask, size, 1.0)
     kinds = (c.qkv_bias, c.qk_norm, dtype, c.attention, c.norm_eps, c.gate_cap)
     attend = Attention(shape.width, shape.num_heads, *kinds, name="attn")
     norm = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="norm1")
-    q, k, v = attend(norm(tokens.x))
-    if c.position == "rope2d":
-      angles = jnp.asarray(rope2d(shape.grid, shape.num_prefix_tokens, q.shape[-1], c.rope_theta))
-      q, k = turn(q, angles, tokens.position), turn(k, angles, tokens.position)
-    needs = self.sites.needs(layer)
-    feats = {name: value for name, value in tokens.feats.items() if name.startswith("state/")}
-    feats |= {n: attention.FEATURES[n](q, k, v, size=size, mask=mask) for n in needs if n in attention.FEATURES}
-    ahead = self.sites.at(layer, "ahead")
+    q, k, v, size, feats = self._look(attend, norm, tokens, size, mask)
+    needs, ahead = self.sites.needs(layer), self.sites.at(layer, "ahead")
     if not ahead or (mode == "gather" and ahead[0].idle and ahead[0].site not in (keeps or {})):
       run(tokens.replace(feats=feats), "ahead", aux)  # says that all stay
-      segment = feats.get("state/segment")  # images share a row: it tells who is alive, too
-      heads = attend.mix(q, k, v, size, mask if segment is None else None, segment)
-      update = self._scale(attend.out(heads), "1")
-      feats |= {"update": update} if "update" in needs else {}
-      return tokens.replace(x=tokens.x + self._drop(update, "1", train), feats=feats)
-    inner, around = self._enter(tokens.replace(feats=feats), "ahead", aux, run)
-    (plan,) = aux.pop(f"reduce/{ahead[0].site}/plan").values()
+    else:
+      inner, around = self._enter(tokens.replace(feats=feats), "ahead", aux, run)
+      merged = inner.replace(owner=tk.follow(tokens.owner, inner.owner))
+      if plans := aux.pop(f"reduce/{ahead[0].site}/plan", {}):  # the rows of the map that is there are averaged alike
+        (plan,) = plans.values()
+        update = self._ahead(attend, norm, inner, around.outer, (q, k, size, mask), plan, mode)
+        feats = inner.feats | ({"update": update} if "update" in needs else {})
+        return merged.replace(x=inner.x + self._drop(update, "1", train), feats=feats)
+      tokens, mask = merged, merged.mask if mode == "mask" or mask is not None else None
+      size = merged.size if ahead[0].proportional or size is not None else None
+      q, k, v, size, feats = self._look(attend, norm, tokens, size, mask)
+    segment = feats.get("state/segment")  # images share a row: it tells who is alive, too
+    heads = attend.mix(q, k, v, size, mask if segment is None else None, segment)
+    update = self._scale(attend.out(heads), "1")
+    feats |= {"update": update} if "update" in needs else {}
+    return tokens.replace(x=tokens.x + self._drop(update, "1", train), feats=feats)
+
+  def _look(
+    self, attend: Attention, norm: nn.Module, tokens: Tokens, size: Array | None, mask: Array | None
+  ) -> tuple[Array, Array, Array, Array | None, dict[str, Array]]:
+    """Queries, keys and values, (B, H, N, d) each, the sizes that bias attention, and features for the reducers."""
+    if size is not None and mask is not None and mask.dtype == bool:
+      size = jnp.where(mask, size, 1.0)
+    q, k, v = attend(norm(tokens.x))
+    if self.config.position == "rope2d":
+      turns = rope2d(self.shape.grid, self.shape.num_prefix_tokens, q.shape[-1], self.config.rope_theta)
+      angles = jnp.asarray(turns)
+      q, k = turn(q, angles, tokens.position), turn(k, angles, tokens.position)
+    feats = {name: value for name, value in tokens.feats.items() if name.startswith("state/")}
+    known = [name for name in self.sites.needs(self.layer) if name in attention.FEATURES]
+    return q, k, v, size, feats | {n: attention.FEATURES[n](q, k, v, size=size, mask=mask) for n in known}
+
+  def _ahead(
+    self,
+    attend: Attention,
+    norm: nn.Module,
+    inner: Tokens,
+    outer: Tokens,
+    seen: tuple[Any, ...],
+    plan: tk.Plan,
+    mode: str,
+  ) -> Array:
+    """What attention of the unmerged tokens adds to the merged ones, (B, N, D); `seen` is q, k, size and mask."""
+    q, k, size, mask = seen
     v = tk.take(attend.values(norm(inner.x)).swapaxes(1, 2), jnp.maximum(inner.owner, 0)).swapaxes(1, 2)
     heads = attend.mix(q, k, v, size, mask)
-    rows = around.outer.replace(x=heads.reshape(tokens.x.shape), feats={})
+    rows = outer.replace(x=heads.reshape(outer.x.shape), feats={})
     rows = tk.compact(rows, plan, inner.x.shape[1]) if mode == "gather" else tk.fold(rows, plan)
-    update = self._scale(attend.out(rows.x.reshape(*rows.x.shape[:2], *heads.shape[2:])), "1")
-    feats = inner.feats | ({"update": update} if "update" in needs else {})
-    owner = tk.follow(tokens.owner, inner.owner)
-    return inner.replace(x=inner.x + self._drop(update, "1", train), owner=owner, feats=feats)
+    return self._scale(attend.out(rows.x.reshape(*rows.x.shape[:2], *heads.shape[2:])), "1")
 
   def _mlp(self, x: Array, train: bool) -> Array:
     dtype = jnp.dtype(self.config.dtype)

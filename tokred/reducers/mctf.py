@@ -31,10 +31,12 @@ class MCTF(Planner):
   alpha_j = mean_{h,i} A_hij,  info = 1 / alpha,  bulk = 1 / s, both with maximum 1;  tau = 0 leaves a criterion out.
   Even places are a, odd ones b.  The best r/2 of a merge into b; then, of what is left, the best of b (with what they
   have received) merge into a.  x <- sum(w x) / sum(w), s <- sum(s), with w = alpha s (pooling "attention"), s or 1.
+  (The authors' fourth pooling, the maximum of each channel, is not here.)
 
   At place `ahead` the attention of the unmerged tokens serves the merged ones: columns are summed over what a key
   stands for, rows averaged with w.  No map is kept: A C v is attention to values repeated over each key's members, and
-  the rows are averaged after it.  At places `attn` and `after` the block is done with its attention when tokens merge.
+  the rows are averaged after it.  With one_step_ahead=False the merged tokens attend anew, with their sizes.  At places
+  `attn` and `after` the block is done with its attention when tokens merge.
   """
 
   needs: ClassVar[tuple[str, ...]] = ("column_mean",)
@@ -47,7 +49,8 @@ class MCTF(Planner):
   tau_info: float = 20.0
   tau_size: float = 40.0
   bidirectional: bool = True
-  pooling: str = "attention"
+  pooling: str = "attention"  # attention, size, mean
+  one_step_ahead: bool = True  # place ahead: the map of the unmerged tokens serves the merged ones
 
   def needed(self) -> tuple[str, ...]:
     if self.pooling not in POOLING:
@@ -58,7 +61,8 @@ class MCTF(Planner):
     return min(n, max(10, 2 * protected + 2)) if self.bidirectional else n - (n - protected) // 2
 
   def macs(self, n: float, width: int, num_heads: int) -> float:
-    return n * n * width * (1 / 4 + 1)  # the similarities of pairs, and q k^T again for the columns' means
+    own = n * n * width * (1 / 4 + 1)  # the similarities of pairs, and q k^T again for the columns' means
+    return own if self.one_step_ahead else own + 3 * n * width * width  # the block projects what has merged once more
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     n, alive = tokens.x.shape[1], tokens.alive
@@ -86,9 +90,12 @@ class MCTF(Planner):
     key_b = jnp.where(merged_b, 5 * n - 1 - rank_b, 2 * n + (rank_b if self.bidirectional else target))
     key = jnp.where(tokens.protected, index, interleave(key_a, key_b, n))
     order = inverse(rank(jnp.where(alive, key, index + 5 * n)))
-    share = {"attention": attention * tokens.size, "size": tokens.size, "mean": jnp.ones_like(tokens.size)}
-    plan = merge_into(tokens, owner, order, share=jnp.where(alive, share[self.pooling], 1.0))
-    return plan, {"similarity": best_a, "plan": plan}
+    share = {"attention": attention * tokens.size, "size": tokens.size, "mean": jnp.ones_like(tokens.size)}[
+      self.pooling
+    ]
+    plan = merge_into(tokens, owner, order, share=jnp.where(alive, share, 1.0))
+    # At place ahead a plan that is reported tells the block to average its rows as the tokens.
+    return plan, {"similarity": best_a} | ({"plan": plan} if self.one_step_ahead else {})
 
   def scores(self, tokens: Tokens, attention: Array) -> Array:
     """W of every pair (a, b), (B, ceil(N/2), floor(N/2)) float32; -inf where one of them may not move."""

@@ -68,12 +68,19 @@ class SiT(Reducer):
   Protected tokens go past it and stand first; slots follow in an order without meaning.  M2 has `keep` columns, of
   which a protected token leaves its own unused.  In mask mode fewer slots than M2 has columns may be asked for, traced
   too: the first ones live.
+
+  The authors slim behind several blocks and undo it behind these and all later ones, in training: `reverse` is how that
+  is done behind the block that slims, `sit_reverse` behind the others.
   """
 
   conserves: ClassVar[bool] = False  # a token has a share in many slots
   from_input: ClassVar[bool] = True
   idles: ClassVar[bool] = False  # as many slots as tokens are still slots
   places: ClassVar[tuple[str, ...]] = ("after", "before", "attn", "output")
+  training_params: ClassVar[tuple[str, ...]] = ("sit_reverse",)
+
+  reverse: bool = False  # reports what SiTReverse makes of the slots, for training
+  patches: int = 0  # of SiTReverse
 
   def count(self, keep: float, n: int, protected: int, source: int) -> int:
     return min(n, int(source * keep) + protected)
@@ -95,7 +102,10 @@ class SiT(Reducer):
     # The authors' M2 has a bias; it is the same for all tokens of a slot, and cancels in the softmax over tokens.
     logits = scale * (nn.gelu(h, approximate=False) @ kernel)  # (B, N, C)
     slots = over_tokens(logits, tokens.alive & ~tokens.protected).swapaxes(1, 2)
-    return transform(tokens, *seats(tokens, slots, keep, mode)), {}
+    tokens = transform(tokens, *seats(tokens, slots, keep, mode))
+    if not (self.reverse and (train or self.is_initializing())):
+      return tokens, {}
+    return SiTReverse(self.patches, name="sit_reverse")(tokens, keep, train=train, mode=mode)
 
 
 @register("sit_reverse")
