@@ -116,6 +116,7 @@ METHODS: dict[str, dict[str, Any]] = {
   | RATE
   | dict(optim=dict(lr=0.01, end_lr=0.001, freeze=(r"^(?!.*/rate/).*",)), freeze=1.0),  # as its authors train it
   "tome_learned": dict(sites=dict(tokens=dict(reducer="tome", layers="every", rate="learned"))) | RATE,
+  "tome_warm": dict(sites=dict(tokens=dict(reducer="tome", layers="every", rate="learned", start="budget"))) | RATE,
   "greedy": _one("tome", "every") | dict(search="greedy"),
   "sigmoid": _one("tome", "every") | dict(search="sigmoid"),
   # Selectors

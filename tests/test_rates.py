@@ -51,6 +51,27 @@ def test_a_uniform_rate_keeps_half_exactly(granularity, want):
   assert float(jax.jit(lambda z: rates.kept_count(z, counts))(zeros)) == want
 
 
+def test_the_flattest_distribution_with_a_mean():
+  # Of 2 and 1 the mean is 1.75 where 2 has 3/4: its logit is ln 3 above the other's.
+  np.testing.assert_allclose(rates.tilted((2, 1), 1.75), (np.log(3) / 2, -np.log(3) / 2), rtol=1e-9)
+  np.testing.assert_allclose(rates.tilted((4, 3, 2, 1), 2.5), np.zeros(4), atol=1e-9)
+  counts = rates.candidates(196, 4)
+  logits = rates.tilted(counts, 150.5)
+  np.testing.assert_allclose(np.diff(logits, 2), 0, atol=1e-12)  # a straight line over the counts
+  assert float(rates.expected(jnp.asarray(logits), counts)) == pytest.approx(150.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("start", [2, 9, 57, 195, 196])
+@pytest.mark.parametrize("granularity", [1, 4])
+def test_a_rate_begins_where_it_is_told(start, granularity):
+  module = rates.Learned(rates.candidates(196, granularity), 1, start)
+  logits = module.init(jax.random.key(0), 197)["params"]["logits"]
+  count, chance = module.apply({"params": {"logits": logits}}, 197)
+  least = 5 if granularity == 4 else 2  # half a token above the least candidate
+  assert float(count) == max(start, least) + 1
+  assert np.isfinite(chance).all() and (np.diff(chance) <= 0).all() and chance[0] > chance[-1] >= 0
+
+
 def test_gradients_are_those_of_diffrate():
   # d pi_j / d theta_k = rho_k (1[j < c_k + 1] - pi_j);  d n / d theta_k = rho_k (c_k - E), through the ceil.
   counts, protected = (7, 5, 3, 1), 1

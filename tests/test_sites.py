@@ -50,6 +50,16 @@ def counts(**named):
     (dict(TOPK, rate="scheduled"), r"sites.s.rate='scheduled' needs one reducer, keep, and schedule="),
     (dict(reducer="topk", layers=(1,), r=2, rate="scheduled", schedule=(0, 9)), r"'scheduled' needs one reducer, keep"),
     (dict(reducer="router", layers=(1,), rate="learned"), r"'learned' is not available at place='around'; valid: b"),
+    (dict(TOPK, start=9), r"sites.s.start is where an encoder's learned rate begins, but rate='fixed'; drop the field"),
+    (
+      dict(reducer="topk", layers=(1,), rate="learned", start=1),
+      r"sites.s.start=1 must be a number of tokens from 2 to",
+    ),
+    (
+      dict(reducer="topk", layers=(1,), rate="learned", start="budgt"),
+      r"sites.s.start='budgt' must be a number of tok",
+    ),
+    (dict(reducer="topk", layers=(1,), rate="learned", start=(9, 8)), r"sites.s.start=\(9, 8\) has 2 entries for 1 la"),
     (dict(TOPK, granularity=0), r"sites.s.granularity=0 must be an int of at least 1"),
     (dict(TOPK, granularity=1.5), r"sites.s.granularity=1.5 must be an int"),
     (

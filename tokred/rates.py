@@ -6,9 +6,11 @@ learned expectation or a comparison.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
@@ -50,6 +52,29 @@ def geometric(step: float, start: float, stop: float, begin: float, end: float) 
 def candidates(patches: int, granularity: int) -> tuple[int, ...]:
   """Counts that a learned rate chooses among, descending: patches - granularity k, as long as positive."""
   return tuple(range(patches, 0, -granularity))
+
+
+def tilted(counts: Sequence[int], mean: float) -> tuple[float, ...]:
+  """Logits b c_k of the flattest distribution over counts c_k with this expectation; all 0 where it is their mean.
+
+  Args:
+    counts: at least two, descending.
+    mean: strictly between the least and the most of them.
+  """
+  c = np.asarray(counts, np.float64)
+
+  def logits(b: float) -> np.ndarray:
+    return b * (c - c.mean())
+
+  def excess(b: float) -> float:
+    weight = np.exp(logits(b) - logits(b).max())
+    return float(weight @ c / weight.sum()) - mean
+
+  low, high = -64.0, 64.0
+  for _ in range(100):
+    b = (low + high) / 2
+    low, high = (low, b) if excess(b) > 0 else (b, high)
+  return tuple(logits((low + high) / 2).tolist())
 
 
 def expected(logits: Array, counts: Sequence[int]) -> Array:
@@ -124,20 +149,27 @@ def flowcut_count(cls: Array, n: int, target: int, layers_left: int) -> Array:
 class Learned(nn.Module):
   """A distribution over candidate counts.  (Chen et al., 2023, DiffRate, arXiv:2305.17997)
 
-  rho = softmax(theta), n = ceil(sum_k c_k rho_k) + protected; theta starts at 0, so an untrained rate keeps half.
+  rho = softmax(theta), n = ceil(sum_k c_k rho_k) + protected; theta starts at 0, so an untrained rate keeps half, or
+  where the flattest distribution with n = start + protected is.
   """
 
   counts: tuple[int, ...]  # candidates, unprotected tokens, descending
   protected: int
+  start: int = 0  # unprotected tokens; 0: half
 
   @nn.compact
   def __call__(self, n: int) -> tuple[Array, Array]:
     """For n tokens: how many survive (float32 scalar, gradient of the expectation) and survival by rank (n,)."""
-    logits = self.param("logits", nn.initializers.zeros, (len(self.counts),), jnp.float32)
+    logits = self.param("logits", self.first, (len(self.counts),), jnp.float32)
     return (
       kept_count(logits, self.counts) + self.protected,
       survival(logits, self.counts, n, self.protected),
     )
+
+  def first(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """The initial logits; half a token below `start`, for counts are rounded up."""
+    inside = min(max(self.start - 0.5, self.counts[-1] + 0.5), self.counts[0] - 0.5)
+    return jnp.asarray(tilted(self.counts, inside) if self.start and len(self.counts) > 1 else np.zeros(shape), dtype)
 
 
 @struct.dataclass

@@ -14,6 +14,7 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
   rate         fixed, scheduled (keep falls from 1), learned (distribution over counts), threshold (by score) or
                learned_threshold
   granularity  learned: step between candidate counts
+  start        learned: numbers of tokens, as of `keep`, that learning begins with; half of them where it is not given
   schedule     scheduled: (first step, last step) of the fall
   threshold    threshold: the smallest score that stays (a tuple: one a layer); keep is then the capacity; of a
                learned_threshold where it starts
@@ -41,7 +42,7 @@ from tokred.layout import PLACES, Sites, Spot, Stack, walk
 from tokred.reducers import base
 from tokred.tokens import Array, Tokens
 
-FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold")
+FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold", "start")
 FIELDS += ("proportional", "until", "softness", "anneal", "position", "of")
 POSITIONS = ("original", "reindex")
 WHOLES = ("arriving", "input")
@@ -106,7 +107,8 @@ class Step(nn.Module):
         tokens, report = reducer(tokens, rows, train=train, mode=mode, survival=survival if train else None)
         return tokens, report | {"count": count.astype(jnp.float32).mean(), "share": share}
       n = tokens.x.shape[1]
-      count, survival = rates.Learned(spot.candidates, spot.protected, name="rate")(n)
+      start = max(spot.start - spot.protected, 0)
+      count, survival = rates.Learned(spot.candidates, spot.protected, start, name="rate")(n)
       fewest = jnp.asarray([reducer.fewest(arriving, spot.protected) for arriving in range(n + 1)], jnp.float32)
       count = jnp.maximum(count, fewest[tokens.alive.sum(1).max()])  # what is asked below that does not happen
       tokens, report = reducer(
@@ -315,6 +317,9 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
       draft = dict(common, slot=slot, layer=layer, reducer=reducer, child=child, options=options[slot] + given)
       draft["threshold"] = float(thresholds[where * len(names) + slot])
       draft["until"] = layer if until is None else until % stack.depth
+      draft["start"] = _start(
+        field, site, rate, stack, _values(field, site, slot, len(names), where, len(layers), "start")[0]
+      )
       drafts.append(dict(draft, keep=keep, r=removed, proportional=proportional))
       for need in cls(**dict(draft["options"])).needed():
         if need == "cls_attention" and not stack.has_cls:
@@ -367,8 +372,23 @@ def _anneal(field: str, site: dict, names: tuple[str, ...], classes: list[type])
   return entries
 
 
-def _values(field: str, site: dict, slot: int, slots: int, where: int, layers: int) -> tuple[Any, Any]:
-  """keep and r of one spot, out of a number or of nested tuples."""
+def _start(field: str, site: dict, rate: str, stack: Stack, start: Any) -> int:
+  """Tokens that a learned rate keeps at the beginning, validated; 0 where nobody says."""
+  if "start" not in site:
+    return 0
+  if rate != "learned" or stack.name == "llm":
+    raise ValueError(f"{field}.start is where an encoder's learned rate begins, but rate={rate!r}; drop the field")
+  if not (type(start) is int and stack.num_protected < start <= stack.num_tokens):
+    raise ValueError(
+      f"{field}.start={start!r} must be a number of tokens from {stack.num_protected + 1} to {stack.num_tokens}"
+    )
+  return start
+
+
+def _values(
+  field: str, site: dict, slot: int, slots: int, where: int, layers: int, name: str = "keep"
+) -> tuple[Any, Any]:
+  """keep (or `name`) and r of one spot, out of a number or of nested tuples."""
   if "r" in site:
     r = site["r"]
     if isinstance(r, (tuple, list)) and not (len(r) == 2 and isinstance(r[1], float)):
@@ -376,14 +396,14 @@ def _values(field: str, site: dict, slot: int, slots: int, where: int, layers: i
         raise ValueError(f"{field}.r={r} has {len(r)} entries for {layers} layers")
       return None, (tuple(r) + (0,) * layers)[where]  # a short list goes on with 0, as in ToMe
     return None, rates.tome_schedule(r, layers)[where]
-  keep = site.get("keep")
+  keep = site.get(name)
   if slots > 1 and keep is not None:
     if not (isinstance(keep, (tuple, list)) and len(keep) == slots):
-      raise ValueError(f"{field}.keep={keep!r} must be a tuple with one entry for each of the {slots} reducers")
+      raise ValueError(f"{field}.{name}={keep!r} must be a tuple with one entry for each of the {slots} reducers")
     keep = keep[slot]
   if isinstance(keep, (tuple, list)):
     if len(keep) != layers:
-      raise ValueError(f"{field}.keep={tuple(keep)} has {len(keep)} entries for {layers} layers")
+      raise ValueError(f"{field}.{name}={tuple(keep)} has {len(keep)} entries for {layers} layers")
     keep = keep[where]
   return keep, None
 

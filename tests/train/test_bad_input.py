@@ -76,7 +76,11 @@ MISTAKES = {
   "router": (site() | {"loss": {"router": 1.0}}, ["config.loss.router=1.0", "no site has reducer='router'"]),
   "keep ratio": (
     site() | {"loss": {"keep_ratio": 1.0}},
-    ["config.loss.keep_ratio=1.0", "no site has a reducer that dr"],
+    ["config.loss.keep_ratio=1.0", "with config.train.mode='mask' no site has a reducer that dr"],
+  ),
+  "keep ratio of nobody": (
+    site(reducer="gumbel", place="before") | {"loss": {"keep_ratio": 1.0}, "train": {"mode": "gather"}},
+    ["config.loss.keep_ratio=1.0", "with config.train.mode='gather' no site has a reducer that draws"],
   ),
   "less": (
     site(rate="threshold", threshold=0.1) | {"loss": {"consistency": 1.0, "less": 2}},

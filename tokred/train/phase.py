@@ -47,7 +47,7 @@ class Phase:
 
   def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh, total_steps: int, frozen: bool = False):
     self.model, self.mesh, self.mode = build(config), mesh, config.train.mode
-    _check_sites(config, self.module)
+    _check_sites(config, self.module, frozen)
     self.scheduled = {spot.site for spot in self.module.sites.spots if spot.rate == "scheduled"}
     params = jax.eval_shape(lambda: init(self.module, config.seed))
     whole = jax.eval_shape(self.adapted, params)
@@ -137,8 +137,8 @@ def check(config: ConfigDict) -> None:
       raise ValueError(f"config.loss.{field}={value!r}; valid: a finite number, 0 or more")
 
 
-def _check_sites(config: ConfigDict, module: ViT) -> None:
-  """Raises ValueError where `config.train`, `rates` or `loss` ask for what the sites cannot do."""
+def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
+  """Raises ValueError where `config.train`, `rates` or `loss` ask for what the sites cannot do; see Phase for `frozen`."""
   spots = module.spots
   by_rate = lambda rate: sorted({spot.site for spot in spots if spot.rate == rate})  # noqa: E731
   learned, scheduled = by_rate("learned"), by_rate("scheduled")
@@ -154,11 +154,13 @@ def _check_sites(config: ConfigDict, module: ViT) -> None:
     raise ValueError(
       f"config.loss.less={config.loss.less} sets counts, but those of sites {moving} are not fixed; set it to -1"
     )
-  deciding = [spot for spot in spots if spot.type.decides]
+  mode, where = config.train.mode, f"with config.train.mode={config.train.mode!r} "
+  draws = lambda kind: kind.decides and (mode == "mask" or frozen or not getattr(kind, "samples", False))  # noqa: E731
+  deciding = [spot for spot in spots if draws(spot.type)]
   acts = {
     "budget": (costed, "no site has rate='learned' or 'learned_threshold'"),
-    "keep_ratio": (deciding, "no site has a reducer that draws who stays, such as 'gumbel'"),
-    "global_ratio": (deciding, "no site has a reducer that draws who stays, such as 'dyt'"),
+    "keep_ratio": (deciding, where + "no site has a reducer that draws who stays, such as 'gumbel'"),
+    "global_ratio": (deciding, where + "no site has a reducer that draws who stays, such as 'dyt'"),
     "ponder": ([spot for spot in spots if spot.reducer == "avit"], "no site has reducer='avit'"),
     "halting_prior": ([spot for spot in spots if spot.reducer == "avit"], "no site has reducer='avit'"),
     "recalibration": ([s for s in spots if s.reducer == "sit_reverse"], "no site has reducer='sit_reverse'"),
