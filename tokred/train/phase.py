@@ -138,7 +138,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
-  """Raises ValueError where `config.train`, `rates` or `loss` ask for what the sites cannot do; see Phase for `frozen`."""
+  """Raises ValueError where `config.train`, `rates` or `loss` ask for what the sites cannot do; `frozen`: see Phase."""
   spots = module.spots
   by_rate = lambda rate: sorted({spot.site for spot in spots if spot.rate == rate})  # noqa: E731
   learned, scheduled = by_rate("learned"), by_rate("scheduled")
