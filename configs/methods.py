@@ -35,7 +35,7 @@ three seeds where something is trained; one of 360 images is 0.28):
 | topk_merge | prune and merge as DiffRate, counts set by hand | yes | 99.7 |
 | diffrate, diffrate_alone | prune and merge, counts learned; the counts alone, as its authors do | yes | 99.3, 98.0 |
 | diffrate_released | its authors' counts for DeiT-S at 224 (schedule=deit_s_2.3g, deit_s_2.9g) | yes | not run |
-| tome_learned, tome_learned_half | ToMe, counts learned, from those set by hand; from half of the tokens | yes | 99.8, 99.7 |
+| tome_learned, tome_learned_half | ToMe, counts learned, from those by hand; from half of all | yes | 99.8, 99.7 |
 | ltmp | merges what is alike and drops what is ignored, by a learned threshold each | yes | not run |
 | evit, evit_scheduled | cls attention, the rest fused; counts that fall over half of the training | yes | 99.7, 99.4 |
 | evit_drop | cls attention, the rest dropped | yes | 99.4 |
