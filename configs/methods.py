@@ -115,7 +115,8 @@ METHODS: dict[str, dict[str, Any]] = {
   "diffrate_alone": dict(sites=dict(tokens=dict(reducer=("topk", "diffrate_merge"), layers="every", rate="learned")))
   | RATE
   | dict(optim=dict(lr=0.01, end_lr=0.001, freeze=(r"^(?!.*/rate/).*",)), freeze=1.0),  # as its authors train it
-  "tome_learned": dict(sites=dict(tokens=dict(reducer="tome", layers="every", rate="learned", start="budget"))) | RATE,
+  "tome_learned": dict(sites=dict(tokens=dict(reducer="tome", layers="every", rate="learned", initial="budget")))
+  | RATE,
   "tome_learned_half": dict(sites=dict(tokens=dict(reducer="tome", layers="every", rate="learned"))) | RATE,
   "greedy": _one("tome", "every") | dict(search="greedy"),
   "sigmoid": _one("tome", "every") | dict(search="sigmoid"),

@@ -83,10 +83,10 @@ def test_learning_begins_with_the_counts_set_by_hand():
   config = CONFIG | {"model": MODEL | {"depth": 4}}
   pair = dict(reducer=("topk", "diffrate_merge"), score="token_norm", layers="every")
   by_hand = calibrate.at_budget(config, dict(tokens=pair), 0.7)["tokens"]
-  learned = calibrate.at_budget(config, dict(tokens=dict(pair, rate="learned", start="budget")), 0.7)["tokens"]
-  assert learned == dict(pair, layers=(1, 2, 3), rate="learned", start=by_hand["keep"])
+  learned = calibrate.at_budget(config, dict(tokens=dict(pair, rate="learned", initial="budget")), 0.7)["tokens"]
+  assert learned == dict(pair, layers=(1, 2, 3), rate="learned", initial=by_hand["keep"])
   model = tokred.freeze(tokred.build(config | {"sites": dict(tokens=learned)}).init())
-  assert model.config.sites.tokens.keep == by_hand["keep"] and "start" not in model.config.sites.tokens
+  assert model.config.sites.tokens.keep == by_hand["keep"] and "initial" not in model.config.sites.tokens
 
 
 def test_counts_are_those_that_a_reducer_can_give():

@@ -47,8 +47,9 @@ EXCEPT = {  # laws that a method breaks by what it is
 UNFIT = {"stvit"}  # keeps square numbers of tokens, which the harness does not ask for; tests/test_fusion.py
 UNFIT |= {name for name, cls in REGISTRY.items() if "encoder" not in cls.stacks}  # tests/language
 UNFIT |= {"hiprune"}  # reads what another site remembers; by another score below
-# Training-free, and met by recorded numbers in both modes in tests/vlm: their laws are thorough.
+# Training-free, and met by numbers in both modes in tests/vlm or test_fusion.py: their laws are thorough.
 RECORDED = {
+  "tome_kth", "tome_random",
   "dtd", "dymu_merge", "facility", "flashvlm", "globalcom2", "hired", "holov", "kmedoids", "mmtok", "pool", "prumerge",
   "remember", "sparsevlm", "temporal_merge", "visionzip",
 }  # fmt: skip

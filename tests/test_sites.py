@@ -1,5 +1,7 @@
 """config.sites: every error in one line, before anything is compiled; order, counts, tuples, schedules."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +11,7 @@ from tokred import sites
 from tokred.config import complete
 from tokred.layout import Stack
 from tokred.nn import vit
+from tokred.reducers import base
 
 STACK = Stack(depth=4, num_tokens=17, num_protected=1)
 TOPK = dict(reducer="topk", layers=(1,), keep=0.5)
@@ -50,16 +53,22 @@ def counts(**named):
     (dict(TOPK, rate="scheduled"), r"sites.s.rate='scheduled' needs one reducer, keep, and schedule="),
     (dict(reducer="topk", layers=(1,), r=2, rate="scheduled", schedule=(0, 9)), r"'scheduled' needs one reducer, keep"),
     (dict(reducer="router", layers=(1,), rate="learned"), r"'learned' is not available at place='around'; valid: b"),
-    (dict(TOPK, start=9), r"sites.s.start is where an encoder's learned rate begins, but rate='fixed'; drop the field"),
     (
-      dict(reducer="topk", layers=(1,), rate="learned", start=1),
-      r"sites.s.start=1 must be a number of tokens from 2 to",
+      dict(TOPK, initial=9),
+      r"sites.s.initial is where an encoder's learned rate begins, but rate='fixed'; drop the field",
     ),
     (
-      dict(reducer="topk", layers=(1,), rate="learned", start="budgt"),
-      r"sites.s.start='budgt' must be a number of tok",
+      dict(reducer="topk", layers=(1,), rate="learned", initial=1),
+      r"sites.s.initial=1 must be a number of tokens from 2 to",
     ),
-    (dict(reducer="topk", layers=(1,), rate="learned", start=(9, 8)), r"sites.s.start=\(9, 8\) has 2 entries for 1 la"),
+    (
+      dict(reducer="topk", layers=(1,), rate="learned", initial="budgt"),
+      r"sites.s.initial='budgt' must be a number of tok",
+    ),
+    (
+      dict(reducer="topk", layers=(1,), rate="learned", initial=(9, 8)),
+      r"sites.s.initial=\(9, 8\) has 2 entries",
+    ),
     (dict(TOPK, granularity=0), r"sites.s.granularity=0 must be an int of at least 1"),
     (dict(TOPK, granularity=1.5), r"sites.s.granularity=1.5 must be an int"),
     (
@@ -237,3 +246,8 @@ def test_a_learned_rate_does_not_gather():
   model = vit.make(config, {"s": dict(reducer="topk", layers=(0,), rate="learned")})
   with pytest.raises(ValueError, match=r"sites.s.rate='learned' has no integer counts yet: call tokred.freeze"):
     jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), mode="gather"))
+
+
+def test_no_option_of_a_reducer_has_the_name_of_a_field_of_a_site():
+  for name, cls in base.REGISTRY.items():
+    assert not {field.name for field in dataclasses.fields(cls)} & set(sites.FIELDS), name

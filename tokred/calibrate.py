@@ -53,7 +53,7 @@ def at_budget(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any], 
     sites: templates: sites without keep, whose `layers` are a tuple or a word of `LAYERS`.  Where the word is one of
       `EVEN` all spots remove the same number of tokens, elsewhere, and where tokens come back, all keep the same share
       of what arrives.  Counts of sites with rate="learned" are not set: their budget is `config.loss.target`; but with
-      start="budget" they start from those that they would get with a fixed rate.
+      initial="budget" they start from those that they would get with a fixed rate.
     budget: share of the dense multiply-adds, in (0, 1).
 
   Returns:
@@ -62,11 +62,11 @@ def at_budget(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any], 
   Raises:
     ValueError: the sites cannot reach the budget, or are no sites.
   """
-  if begin := {name for name, site in sites.items() if site.get("start") == "budget"}:
+  if begin := {name for name, site in sites.items() if site.get("initial") == "budget"}:
     fixed = {name: _fixed(site) if name in begin else site for name, site in sites.items()}
     by_hand = at_budget(config, fixed, budget)
     learned = {name: {k: v for k, v in by_hand[name].items() if k != "keep"} for name in begin}
-    return by_hand | {name: learned[name] | {"rate": "learned", "start": by_hand[name]["keep"]} for name in begin}
+    return by_hand | {name: learned[name] | {"rate": "learned", "initial": by_hand[name]["keep"]} for name in begin}
   config = complete(config).to_dict()
   depth = build(config | {"sites": {}}).module.shape.depth
   words = {site["layers"] for site in sites.values() if isinstance(site.get("layers"), str)}
@@ -315,7 +315,7 @@ def _with_layers(site: Mapping[str, Any], depth: int, way: int) -> dict[str, Any
 
 def _fixed(site: Mapping[str, Any]) -> dict[str, Any]:
   """A site whose rate is learned, as if it were not."""
-  return {name: value for name, value in site.items() if name not in ("rate", "start")}
+  return {name: value for name, value in site.items() if name not in ("rate", "initial")}
 
 
 def _settled(site: Mapping[str, Any]) -> bool:

@@ -39,7 +39,7 @@ class Spot:
   protected: int
   until: int = -1  # around: the block behind which those that went round are back
   granularity: int = 1
-  start: int = 0  # learned: tokens that it keeps before it has learned; 0: half of the unprotected
+  initial: int = 0  # learned: tokens that it keeps before it has learned; 0: half of the unprotected
   threshold: float = 0.0
   softness: float = 0.1
   anneal: tuple[tuple[Any, ...], ...] = ()  # (option, from, to, first step, last step), ...

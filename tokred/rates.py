@@ -150,12 +150,12 @@ class Learned(nn.Module):
   """A distribution over candidate counts.  (Chen et al., 2023, DiffRate, arXiv:2305.17997)
 
   rho = softmax(theta), n = ceil(sum_k c_k rho_k) + protected; theta starts at 0, so an untrained rate keeps half, or
-  where the flattest distribution with n = start + protected is.
+  where the flattest distribution with n = initial + protected is.
   """
 
   counts: tuple[int, ...]  # candidates, unprotected tokens, descending
   protected: int
-  start: int = 0  # unprotected tokens; 0: half
+  initial: int = 0  # unprotected tokens; 0: half
 
   @nn.compact
   def __call__(self, n: int) -> tuple[Array, Array]:
@@ -167,9 +167,9 @@ class Learned(nn.Module):
     )
 
   def first(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """The initial logits; half a token below `start`, for counts are rounded up."""
-    inside = min(max(self.start - 0.5, self.counts[-1] + 0.5), self.counts[0] - 0.5)
-    return jnp.asarray(tilted(self.counts, inside) if self.start and len(self.counts) > 1 else np.zeros(shape), dtype)
+    """The initial logits; half a token below `initial`, for counts are rounded up."""
+    inside = min(max(self.initial - 0.5, self.counts[-1] + 0.5), self.counts[0] - 0.5)
+    return jnp.asarray(tilted(self.counts, inside) if self.initial and len(self.counts) > 1 else np.zeros(shape), dtype)
 
 
 @struct.dataclass

@@ -14,7 +14,7 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
   rate         fixed, scheduled (keep falls from 1), learned (distribution over counts), threshold (by score) or
                learned_threshold
   granularity  learned: step between candidate counts
-  start        learned: numbers of tokens, as of `keep`, that learning begins with; half of them where it is not given
+  initial      learned: numbers of tokens, as of `keep`, that learning begins with; half of them where it is not given
   schedule     scheduled: (first step, last step) of the fall
   threshold    threshold: the smallest score that stays (a tuple: one a layer); keep is then the capacity; of a
                learned_threshold where it starts
@@ -42,7 +42,7 @@ from tokred.layout import PLACES, Sites, Spot, Stack, walk
 from tokred.reducers import base
 from tokred.tokens import Array, Tokens
 
-FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold", "start")
+FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold", "initial")
 FIELDS += ("proportional", "until", "softness", "anneal", "position", "of")
 POSITIONS = ("original", "reindex")
 WHOLES = ("arriving", "input")
@@ -107,8 +107,8 @@ class Step(nn.Module):
         tokens, report = reducer(tokens, rows, train=train, mode=mode, survival=survival if train else None)
         return tokens, report | {"count": count.astype(jnp.float32).mean(), "share": share}
       n = tokens.x.shape[1]
-      start = max(spot.start - spot.protected, 0)
-      count, survival = rates.Learned(spot.candidates, spot.protected, start, name="rate")(n)
+      initial = max(spot.initial - spot.protected, 0)
+      count, survival = rates.Learned(spot.candidates, spot.protected, initial, name="rate")(n)
       fewest = jnp.asarray([reducer.fewest(arriving, spot.protected) for arriving in range(n + 1)], jnp.float32)
       count = jnp.maximum(count, fewest[tokens.alive.sum(1).max()])  # what is asked below that does not happen
       tokens, report = reducer(
@@ -317,8 +317,8 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
       draft = dict(common, slot=slot, layer=layer, reducer=reducer, child=child, options=options[slot] + given)
       draft["threshold"] = float(thresholds[where * len(names) + slot])
       draft["until"] = layer if until is None else until % stack.depth
-      draft["start"] = _start(
-        field, site, rate, stack, _values(field, site, slot, len(names), where, len(layers), "start")[0]
+      draft["initial"] = _initial(
+        field, site, rate, stack, _values(field, site, slot, len(names), where, len(layers), "initial")[0]
       )
       drafts.append(dict(draft, keep=keep, r=removed, proportional=proportional))
       for need in cls(**dict(draft["options"])).needed():
@@ -372,17 +372,17 @@ def _anneal(field: str, site: dict, names: tuple[str, ...], classes: list[type])
   return entries
 
 
-def _start(field: str, site: dict, rate: str, stack: Stack, start: Any) -> int:
+def _initial(field: str, site: dict, rate: str, stack: Stack, initial: Any) -> int:
   """Tokens that a learned rate keeps at the beginning, validated; 0 where nobody says."""
-  if "start" not in site:
+  if "initial" not in site:
     return 0
   if rate != "learned" or stack.name == "llm":
-    raise ValueError(f"{field}.start is where an encoder's learned rate begins, but rate={rate!r}; drop the field")
-  if not (type(start) is int and stack.num_protected < start <= stack.num_tokens):
+    raise ValueError(f"{field}.initial is where an encoder's learned rate begins, but rate={rate!r}; drop the field")
+  if not (type(initial) is int and stack.num_protected < initial <= stack.num_tokens):
     raise ValueError(
-      f"{field}.start={start!r} must be a number of tokens from {stack.num_protected + 1} to {stack.num_tokens}"
+      f"{field}.initial={initial!r} must be a number of tokens from {stack.num_protected + 1} to {stack.num_tokens}"
     )
-  return start
+  return initial
 
 
 def _values(

@@ -50,12 +50,14 @@ class Glimpse(Planner):
 
   num_heads: int = 8
   hidden: int = 256
-  layers: int = 1
+  num_layers: int = 1
   weight: float = 1.0  # of the dice loss
   cross_entropy: float = 0.1
 
   def macs(self, n: float, width: int, num_heads: int) -> float:
-    return n * self.hidden * (2 * width + 12 * self.layers * self.hidden) + 2 * n * n * self.hidden * self.layers
+    return (
+      n * self.hidden * (2 * width + 12 * self.num_layers * self.hidden) + 2 * n * n * self.hidden * self.num_layers
+    )
 
   @nn.compact
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
@@ -72,7 +74,7 @@ class Glimpse(Planner):
     place = tokens.position.reshape(*tokens.mask.shape, -1)
     h = h + place_code(place, self.hidden)
     logits = []
-    for i in range(self.layers):
+    for i in range(self.num_layers):
       h = Layers(1, self.num_heads, name=f"layer_{i}")(h, visual)
       logits.append(nn.Dense(1, name=f"head_{i}")(h)[..., 0])
     score, report = logits[-1], {}
