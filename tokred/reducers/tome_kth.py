@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from tokred.reducers.base import Planner, merge_into, num_kept, register
-from tokred.reducers.tome import unit
-from tokred.tokens import Array, Plan, Tokens, inverse, rank
+from tokred.reducers.tome import mean_heads, unit
+from tokred.tokens import Array, Plan, Tokens, best, inverse, rank
 
 
 def kth_split(free: Array, count: Array) -> Array:
@@ -44,14 +44,20 @@ class ToMeKth(Planner):
   def macs(self, n: float, width: int, num_heads: int) -> float:
     return n * n * (width / num_heads)
 
+  def stays(self, free: Array, count: Array, tokens: Tokens, train: bool) -> Array:
+    """Which of the free tokens (B, N) bool are the `count` (B, 1) that the others merge into, (B, N) bool."""
+    del tokens, train
+    return kth_split(free, count)
+
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     n = tokens.x.shape[1]
     index = jnp.arange(n, dtype=jnp.int32)
     free, safe = tokens.alive & ~tokens.protected, tokens.alive & tokens.protected
-    stays = kth_split(free, num_kept(tokens, keep) - safe.sum(1, keepdims=True, dtype=jnp.int32))
-    metric = unit(jax.lax.stop_gradient(tokens.feats["key"]).astype(jnp.float32).mean(2), tokens.alive)
+    count = num_kept(tokens, keep) - safe.sum(1, keepdims=True, dtype=jnp.int32)
+    stays = self.stays(free, count, tokens, train)
+    metric = unit(jax.lax.stop_gradient(mean_heads(tokens.feats["key"])), tokens.alive)
     similarity = jnp.einsum("bid,bjd->bij", metric, metric, precision="highest")
-    match = jnp.argmax(jnp.where(stays[:, None], similarity, -jnp.inf), axis=-1).astype(jnp.int32)
+    _, match = best(jnp.where(stays[:, None], similarity, -jnp.inf))
     owner = jnp.where(free & ~stays, match, jnp.where(tokens.alive, index, -1))
     kind = jnp.where(safe, 0, jnp.where(stays, 1, jnp.where(free, 2, 3)))
     return merge_into(tokens, owner, inverse(rank(kind * n + index))), {}
