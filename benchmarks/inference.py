@@ -45,7 +45,7 @@ def main() -> None:
   calls: dict[str, Callable[[], Any]] = {
     name: lambda model=model: model(on_device).logits for name, model in built.items()
   }
-  if timm := _timm(args.variant, images):
+  if timm := timm_dense(args.variant, images):
     calls["timm, SDPA"] = timm
   times = bench.interleave(calls, rounds=args.rounds, min_seconds=1.0)
   dense, macs = times["dense"].rounds, built["dense"].macs
@@ -62,7 +62,7 @@ def main() -> None:
     print(line, flush=True)
 
 
-def _timm(variant: str, images: np.ndarray) -> Callable[[], Any] | None:
+def timm_dense(variant: str, images: np.ndarray) -> Callable[[], Any] | None:
   """timm's dense model of the same size with fused attention, or None where torch or timm is missing."""
   try:
     import timm

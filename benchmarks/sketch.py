@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from inference import _timm
+from inference import timm_dense  # beside this file
 
 import tokred
 from tokred import bench
@@ -38,7 +38,7 @@ def main() -> None:
   reduced = dense.with_sites(dict(merge=site))
   calls["tokred, dense"] = lambda: dense(on_device).logits
   calls["tokred, ToMe"] = lambda: reduced(on_device).logits
-  if timm := _timm("S/16", images):
+  if timm := timm_dense("S/16", images):
     calls["timm, SDPA, dense"] = timm
   times = bench.interleave(calls, rounds=args.rounds)
   against = lambda name, base: statistics.median(  # noqa: E731
