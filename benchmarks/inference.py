@@ -1,9 +1,12 @@
 """Speed of reduced models against what their FLOPs promise, and of the dense one against timm's where torch is there.
 
     python benchmarks/inference.py [--variant=S/16] [--image_size=224] [--batch_size=16] [--rounds=9]
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/inference.py
 
 All models take turns in one process (tokred.bench); a ratio is the median over rounds of two times of the same round.
-`promised` is the ratio of multiply-adds, as papers count them.
+`promised` is the ratio of multiply-adds, as papers count them.  A batch is spread over all devices; the second command
+makes a device of each of two cores, so that no core waits for the other before the logits are there.  `first tokens`
+has ToMe's counts and neither looks nor merges: what is left of the promise where choosing costs nothing.
 """
 
 import argparse
@@ -14,15 +17,29 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import tokred
-from tokred import bench
+from tokred import bench, sharding
 from tokred.reducers import diffrate
 
 EVERY = tuple(range(12))
+
+
+@tokred.register("first")
+class First(tokred.Reducer):
+  """Keeps those who stand first; in gather mode alone."""
+
+  def __call__(self, tokens: Any, keep: int, *, train: bool, mode: str) -> tuple[Any, dict[str, Any]]:
+    cut = lambda leaf: leaf[:, :keep]  # noqa: E731
+    own = dict(x=cut(tokens.x), mask=cut(tokens.mask), size=cut(tokens.size), position=cut(tokens.position))
+    return tokens.replace(**own, protected=cut(tokens.protected), feats={}), {}
+
+
 SITES: dict[str, dict[str, Any]] = {
   "dense": {},
   "ToMe r=13": dict(merge=dict(reducer="tome", layers=EVERY, r=13)),
+  "first tokens": dict(merge=dict(reducer="first", layers=EVERY, place="attn", r=13)),
   "DiffRate 2.3G": dict(rates=diffrate.site(*diffrate.SCHEDULES["deit_s_2.3g"])),
   "DiffRate 2.9G": dict(rates=diffrate.site(*diffrate.SCHEDULES["deit_s_2.9g"])),
   "EViT keep 0.7": dict(prune=dict(reducer="topk", layers=(3, 6, 9), keep=0.7, fuse=True)),
@@ -39,9 +56,11 @@ def main() -> None:
   size = (args.image_size, args.image_size)
   images = np.random.default_rng(0).normal(size=(args.batch_size, *size, 3)).astype(np.float32)
   build = lambda sites: tokred.build(dict(model=dict(variant=args.variant, image_size=size), sites=sites))  # noqa: E731
+  mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1))
   params = build({}).init().params  # one copy for all: no model finds its weights pushed out of the cache by another's
+  params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
   built = {name: dataclasses.replace(build(sites), params=params) for name, sites in SITES.items()}
-  on_device = jax.device_put(images)
+  on_device = jax.device_put(images, sharding.batch_sharding(mesh))
   calls: dict[str, Callable[[], Any]] = {
     name: lambda model=model: model(on_device).logits for name, model in built.items()
   }
@@ -49,7 +68,8 @@ def main() -> None:
     calls["timm, SDPA"] = timm
   times = bench.interleave(calls, rounds=args.rounds, min_seconds=1.0)
   dense, macs = times["dense"].rounds, built["dense"].macs
-  print(f"{jax.devices()[0].device_kind}, batch {args.batch_size}, float32, {args.rounds} rounds")
+  where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+  print(f"{where}, batch {args.batch_size}, float32, {args.rounds} rounds")
   print("| model | ms | GMACs | promised | measured | measured / promised |\n|---|---|---|---|---|---|")
   for name, timing in times.items():
     ratio = statistics.median(d / t for d, t in zip(dense, timing.rounds, strict=True))

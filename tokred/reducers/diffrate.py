@@ -78,7 +78,8 @@ class DiffRateMerge(Planner):
     going = order[:, low:]
     x = jax.lax.stop_gradient(tokens.x).astype(jnp.float32)
     length = jnp.maximum(jnp.linalg.norm(x, axis=-1), jnp.finfo(jnp.float32).tiny)
-    product = jnp.einsum("bgd,bjd->bgj", take(x, going), x, precision="highest")  # nothing of (B, N, D) is normalised
+    # Nothing of (B, N, D) is normalised, and it is the smaller factor that a CPU's product packs.
+    product = jnp.einsum("bjd,bgd->bjg", x, take(x, going), precision="highest").swapaxes(1, 2)
     target = (place < count) & ~tokens.protected & tokens.alive
     best_sim, match = best(jnp.where(target[:, None], product / length[:, None], -jnp.inf))
     best_sim = best_sim / take(length, going)
