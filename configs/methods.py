@@ -8,14 +8,15 @@ Structural arguments: method (a name below), budget (share of the dense FLOPs), 
 on a model: here they are what they start from, and `python -m tokred.sweep` runs them; so it does for the counts by
 layer that `dyt` ships.
 
-`sit_stages` and two other methods are not in the sweep.  `diffrate_released` has counts of its own, and no budget:
+`diffrate_released` is not in the sweep: it has counts of its own, and no budget:
 
   python train.py --config=configs/methods.py:method=diffrate_released,schedule=deit_s_2.9g,dataset=imagenet2012,\
 variant=S/16,image_size=224,classes=1000 --workdir=runs/released --config.init=deit_small.safetensors \
     --config.model.position=learned
 
-and `ltmp` learns thresholds, with which each image keeps another number of tokens: what it costs is the mean that
-eval.py tells under "sites", while "counts" and "gflops" are those of an image that keeps them all.
+`ltmp` learns thresholds, with which each image keeps another number of tokens: what such a run costs is the mean that
+eval.py tells under "sites", while "counts" and "gflops" are those of an image that keeps them all.  The sweep makes the
+means fixed counts, scaled to the budget.
 
 Accuracy expected on digits at 0.6 of the FLOPs, in percent, from configs/sweep.py:dataset=digits,steps=200 (mean over
 three seeds where something is trained; one of 360 images is 0.28):
@@ -68,6 +69,8 @@ FRESH = dict(optim=dict(multipliers=((r".*/reduce/.*", 20.0),)))
 CALM = dict(model=dict(gate_cap=30.0))  # tokens that are switched off teach less
 RATE = CALM | dict(optim=dict(multipliers=((r".*/rate/.*", 100.0),)), loss=dict(budget=20.0), freeze=0.4, tune=True)
 
+LTMP = dict(threshold=(-0.9, 0.0), softness=0.02)
+
 
 def _one(reducer: Any, layers: str = "stages", tune: bool = False, **options: Any) -> dict[str, Any]:
   """A method of one site, trained as everything else is."""
@@ -108,6 +111,11 @@ METHODS: dict[str, dict[str, Any]] = {
     loss=dict(distill_logits=2.0, recalibration=2.0),
     tune=True,
   ),
+  "sit_stages": dict(  # slots of slots behind the first three blocks, undone behind these and every later one
+    sites=dict(slim=dict(reducer="sit", layers="first", reverse=True), back=dict(reducer="sit_reverse", layers="rest")),
+    loss=dict(distill_logits=2.0, recalibration=2.0),
+    tune=True,
+  ),
   "stvit": _one("stvit", "once", tune=True),
   # Rates
   "topk_merge": _one(("topk", "diffrate_merge"), "every", tune=True),
@@ -118,6 +126,13 @@ METHODS: dict[str, dict[str, Any]] = {
   "tome_learned": dict(sites=dict(tokens=dict(reducer="tome", layers="every", rate="learned", initial="budget")))
   | RATE,
   "tome_learned_half": dict(sites=dict(tokens=dict(reducer="tome", layers="every", rate="learned"))) | RATE,
+  # A threshold for each block, merging before pruning.  Pairs that are more alike than theta merge, and tokens to which
+  # less than theta' of the attention goes are dropped; they start at 0.9 and 0.  The authors' softness is 0.1, many
+  # times the attention that a token gets.  One moves by tenths, the other by hundredths.
+  "ltmp": _one(("dymu_merge", "topk"), "all", tune=True, score="column_mean", rate="learned_threshold", **LTMP)
+  | CALM
+  | dict(optim=dict(multipliers=((r".*dymu_merge/rate/.*", 10.0), (r".*topk/rate/.*", 0.3))), loss=dict(budget=20.0))
+  | dict(settle="by_mean"),
   "greedy": _one("tome", "every") | dict(search="greedy"),
   "sigmoid": _one("tome", "every") | dict(search="sigmoid"),
   # Selectors
@@ -166,19 +181,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
   from tokred.sweep import recipe  # JAX comes with it: only now
 
   made = sweep.get_config(rest)
-  model = made.dense.model
-  apart = dict(  # not in the table of the sweep, whose methods do not know the model
-    diffrate_released=lambda: _released(args.schedule, model),
-    ltmp=lambda: _ltmp(args.budget, model),
-    sit_stages=lambda: _sit_stages(model),
-  )
-  known = (*METHODS, *apart)
+  known = (*METHODS, "diffrate_released")
   if args.method.removesuffix("+tuned") not in known:
     raise ValueError(f"config argument method={args.method!r} is unknown; {nearest(args.method, known)}")
   if args.schedule and args.method != "diffrate_released":
     raise ValueError(f"config argument schedule={args.schedule!r} is for method=diffrate_released, not {args.method!r}")
-  if args.method in apart:
-    made.table[args.method] = ConfigDict(apart[args.method]())
+  if args.method == "diffrate_released":
+    made.table[args.method] = ConfigDict(_released(args.schedule, made.dense.model))
   config = recipe(made, args.method, args.budget, args.seed)
   if args.runlocal:
     for name in ("distill_logits", "distill_tokens", "recalibration"):  # there is no teacher
@@ -202,38 +211,3 @@ def _released(schedule: str, model: ConfigDict) -> dict[str, Any]:
       "dataset, variant and image_size, such as variant=S/16,image_size=224"
     )
   return dict(sites=dict(tokens=diffrate.site(*counts)), tune=True)
-
-
-def _ltmp(budget: float, model: ConfigDict) -> dict[str, Any]:
-  """Learned thresholds in every block, merging before pruning.  (Bonnaerens & Dambre, 2023, arXiv:2307.10780)
-
-  Pairs that are more alike than theta merge, and tokens to which less than theta' of the attention goes are dropped;
-  they start at 0.9 and 0.  The authors' softness is 0.1, many times the attention that a token gets.
-  """
-  from tokred.nn import vit
-
-  depth = vit.shape(model).depth
-  site = dict(reducer=("dymu_merge", "topk"), score="column_mean", layers=tuple(range(depth)), rate="learned_threshold")
-  site |= dict(threshold=(-0.9, 0.0) * depth, softness=0.02)
-  speed = ((r".*dymu_merge/rate/.*", 10.0), (r".*topk/rate/.*", 0.3))  # one moves by tenths, the other by hundredths
-  loss = dict(budget=20.0, target=budget)
-  return CALM | dict(
-    sites=dict(tokens=site), optim=dict(multipliers=speed), loss=loss, train=dict(mode="mask"), tune=True
-  )
-
-
-def _sit_stages(model: ConfigDict) -> dict[str, Any]:
-  """Slots of slots behind each of the first three blocks, undone behind these and every later one; SiT's authors'.
-
-  Each stage keeps the same share of what arrives, theirs a half: int(P 0.5^i).
-  """
-  from tokred.nn import vit
-
-  depth = vit.shape(model).depth
-  if depth < 4:
-    raise ValueError(
-      f"config argument method='sit_stages' slims behind three blocks; this model has {depth}; valid: 4 or more"
-    )
-  slim = dict(reducer="sit", layers=(0, 1, 2), reverse=True)
-  back = dict(reducer="sit_reverse", layers=tuple(range(3, depth)))
-  return dict(sites=dict(slim=slim, back=back), loss=dict(distill_logits=2.0, recalibration=2.0), tune=True)

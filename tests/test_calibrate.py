@@ -245,6 +245,22 @@ def test_later_layers_see_what_earlier_ones_leave(monkeypatch, model, batches):
   assert calibrate.by_threshold(model, images, budget + 1e-6).sites.tokens.keep == (13, 9)
 
 
+def test_thresholds_become_mean_counts(monkeypatch, model, batches):
+  """One for each layer, as training left them; what is behind an image's padding does not count."""
+  sites = dict(tokens=dict(reducer="known", layers=(0, 1), keep=1.0, rate="threshold", threshold=(4.5, 5.0)))
+  model = known(monkeypatch, model).with_sites(sites)
+  images = [dict(image=batches[0]["image"], mask=np.arange(8) < 2), dict(image=batches[0]["image"], mask=np.zeros(8))]
+  # Patches 5 to 16 of image 0 and 4 to 16 of image 1 pass in block 0, 12.5 and CLS, rounded up; 13 to 16 in block 1.
+  budget = macs((17, 14), (17, 5)) / macs((17, 17), (17, 17))
+  site = calibrate.by_mean(model, images, budget + 1e-6).sites.tokens.to_dict()
+  assert site.pop("keep") == (14, 5) and site == dict(reducer="known", layers=(0, 1))
+  # A larger budget scales both, 13 f and 4 f, where there are no more than 16.
+  larger = macs((17, 17), (17, 9)) / macs((17, 17), (17, 17))
+  assert calibrate.by_mean(model, images, larger + 1e-6).sites.tokens.keep == (17, 9)
+  with pytest.raises(ValueError, match="no site has a threshold; valid: a frozen model"):
+    calibrate.by_mean(known(monkeypatch, model), images, 0.8)
+
+
 def test_a_dispatcher_gets_its_counts(batches):
   dyt = dict(tokens=dict(reducer="dyt", layers=(0, 1), keep=0.5, hidden=2))
   model = tokred.build(CONFIG | {"sites": dyt}).init(0)

@@ -3,11 +3,12 @@
 `at_budget` spreads a budget by a rule.  `greedy` and `sigmoid` try counts on images, in the manner of G-Search and
 P-Sigmoid (Zhao et al., 2024, arXiv:2412.00556, there for language models): the baselines that learned rates must beat.
 Both run one compiled program in mask mode whose counts are an input.  `by_threshold` reads off a trained model how many
-tokens each of its layers has learned to keep; `at_target` scales learned counts to a budget.  `arank` tells which
-layers of a language model few tokens need.
+tokens each of its layers has learned to keep, and `by_mean` how many its thresholds leave; `at_target` scales learned
+counts to a budget.  `arank` tells which layers of a language model few tokens need.
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ LAYERS: dict[str, Callable[[int], list[tuple[int, ...]]]] = {
   "once": lambda depth: [(max(1, depth // 4),), (1,), (0,)],
   "last": lambda depth: [(depth - 1,)],
   "behind": lambda depth: [tuple(range(max(1, depth // 4) + 1, depth)), tuple(range(2, depth)), tuple(range(1, depth))],
+  "first": lambda depth: [tuple(range(min(3, depth - 1)))],
+  "rest": lambda depth: [tuple(range(min(3, depth - 1), depth))],
   "alternate": lambda depth: [  # every second block, two of three, all but the first
     tuple(range(1, depth, 2)),
     tuple(layer for layer in range(1, depth) if layer % 3),
@@ -207,6 +210,38 @@ def by_threshold(model: Model, batches: Iterable[Mapping[str, Any]], budget: flo
   return _with_keeps(model, spots, _largest(curve, -none, -lowest, module, spots, budget, halvings))
 
 
+def by_mean(model: Model, batches: Iterable[Mapping[str, Any]], budget: float) -> ConfigDict:
+  """The counts that thresholds leave on average, the same for every image from here on, and scaled to the budget.
+
+  Args:
+    model: frozen, with sites whose rate is "threshold".
+    batches: see `greedy`; images that the model was trained on.
+    budget: share of the dense multiply-adds, in (0, 1).
+
+  Returns:
+    `model.config` with rate="fixed" and integers as `keep`.
+
+  Raises:
+    ValueError: there is no threshold, or its sites cannot reach the budget.
+  """
+  spots = [spot for spot in model.module.sites.spots if spot.rate == "threshold"]
+  if not spots:
+    raise ValueError("no site has a threshold; valid: a frozen model with rate='learned_threshold' or 'threshold'")
+
+  @jax.jit
+  def look(params: Any, image: Any) -> Any:
+    aux = model.module.apply({"params": params}, image, mode="mask").aux
+    return len(image) * jnp.stack([aux[f"reduce/{spot.site}/count"][spot.index] for spot in spots])
+
+  images = _images(batches)
+  means = np.sum([look(model.params, image) for image in images], 0) / sum(map(len, images))
+  names = dict.fromkeys(spot.site for spot in spots)
+  config = model.config.to_dict()
+  config["sites"] |= {name: _fixed(config["sites"][name]) for name in names}
+  config["sites"] = with_counts(config["sites"], spots, [math.ceil(mean) for mean in means])
+  return at_target(dataclasses.replace(build(config), params=model.params), names, budget)
+
+
 def at_target(model: Model, sites: Collection[str], target: float, unit: str = "fraction") -> ConfigDict:
   """Learned counts, scaled until they cost what was asked for, and as little less as integers allow.
 
@@ -269,9 +304,8 @@ def _passing(
   fields = {name: value for name, value in config["sites"][site].items() if name != "r"}
   config["sites"][site] = fields | dict(rate="threshold", threshold=0.0, keep=_all(fields))  # all may pass
   module = build(config).module
-  images = [jnp.asarray(batch["image"])[np.asarray(batch["mask"], bool)] for batch in batches]
-  if not (examples := sum(map(len, images))):
-    raise ValueError("there are no images to calibrate on")
+  images = _images(batches)
+  examples = sum(map(len, images))
 
   @jax.jit
   def look(params: Any, image: Any, t: Any) -> Any:
@@ -283,10 +317,18 @@ def _passing(
     return every("count") * len(image), jnp.where(known, score, jnp.inf).min(), jnp.where(known, score, -jnp.inf).max()
 
   def run(t: float) -> tuple[list[float], float, float]:
-    counts, low, high = zip(*(look(model.params, image, t) for image in images if len(image)), strict=True)
+    counts, low, high = zip(*(look(model.params, image, t) for image in images), strict=True)
     return (np.sum(counts, 0) / examples).tolist(), float(min(low)), float(max(high))
 
   return run
+
+
+def _images(batches: Iterable[Mapping[str, Any]]) -> list[Any]:
+  """The images of each batch that are no padding."""
+  images = [jnp.asarray(batch["image"])[np.asarray(batch["mask"], bool)] for batch in batches]
+  if not any(map(len, images)):
+    raise ValueError("there are no images to calibrate on")
+  return [image for image in images if len(image)]
 
 
 def share(module: ViT, spots: Sequence[Spot], counts: Sequence[int], unit: str = "fraction") -> float:
@@ -314,8 +356,8 @@ def _with_layers(site: Mapping[str, Any], depth: int, way: int) -> dict[str, Any
 
 
 def _fixed(site: Mapping[str, Any]) -> dict[str, Any]:
-  """A site whose rate is learned, as if it were not."""
-  return {name: value for name, value in site.items() if name not in ("rate", "initial")}
+  """A site whose rate is learned or a threshold, as if it were not."""
+  return {name: value for name, value in site.items() if name not in ("rate", "initial", "threshold", "softness")}
 
 
 def _settled(site: Mapping[str, Any]) -> bool:

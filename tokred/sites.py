@@ -16,8 +16,8 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
   granularity  learned: step between candidate counts
   initial      learned: numbers of tokens, as of `keep`, that learning begins with; half of them where it is not given
   schedule     scheduled: (first step, last step) of the fall
-  threshold    threshold: the smallest score that stays (a tuple: one a layer); keep is then the capacity; of a
-               learned_threshold where it starts
+  threshold    threshold: the smallest score that stays (a tuple: one a reducer, or one a layer and reducer); keep is
+               then the capacity; of a learned_threshold where it starts
   softness     learned_threshold: temperature of the sigmoid that lets it learn
   anneal       ((option, from, to, first step, last step), ...): an option of the reducer, such as a temperature, that
                goes geometrically from one value to the other while training
@@ -296,7 +296,8 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
   options = _options(field, site, names, classes)
   common = dict(position=position, of=whole, site=name, place=place, rate=rate, granularity=site.get("granularity", 1))
   thresholds = site.get("threshold", 0.0)
-  thresholds = tuple(thresholds) if isinstance(thresholds, (tuple, list)) else (thresholds,) * len(layers) * len(names)
+  thresholds = tuple(thresholds) if isinstance(thresholds, (tuple, list)) else (thresholds,) * len(names)
+  thresholds = thresholds * len(layers) if len(thresholds) == len(names) else thresholds
   numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in thresholds)
   if not numbers or len(thresholds) != len(layers) * len(names):
     raise ValueError(f"{field}.threshold={site['threshold']!r} must be a number: the smallest score that stays")

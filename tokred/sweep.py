@@ -32,6 +32,7 @@ from tokred import evaluate as tokred_evaluate
 from tokred import model as tokred_model
 from tokred.config import complete, default, nearest
 from tokred.model import Model, freeze
+from tokred.rates import LEARNED
 from tokred.reducers import REGISTRY
 from tokred.scores import SCORES
 from tokred.train.loop import train
@@ -139,8 +140,10 @@ def recipe(config: ConfigDict, name: str, budget: float, seed: int, init: str = 
     if site.get("rate") == "scheduled":
       site["schedule"] = tuple(round(part * full["train"]["steps"]) for part in site["schedule"])
   full["sites"] = calibrate.at_budget(full, method["sites"], budget) if method["sites"] else {}
-  if any(site.get("rate") == "learned" for site in full["sites"].values()):
+  rates = {site.get("rate") for site in full["sites"].values()}
+  if rates & set(LEARNED):
     full["train"]["mode"], full["loss"]["target"] = "mask", budget
+  if "learned" in rates:
     full["rates"]["freeze_step"] = max(1, int(method["freeze"] * full["train"]["steps"]))
   return complete(full)
 
