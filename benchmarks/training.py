@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import tokred
-from tokred import bench, calibrate, sharding
+from tokred import bench, schedules, sharding
 from tokred.config import complete
 from tokred.model import init
 from tokred.train.phase import Phase
@@ -36,7 +36,7 @@ def main() -> None:
   rates = dict(PAIR, layers=tuple(range(1, tokred.build(base).module.shape.depth)), rate="learned")
   learned = dict(sites=dict(rates=rates), loss=dict(budget=5.0), train=base["train"] | dict(mode="mask"))
   alone = learned | dict(optim=dict(freeze=(r"^(?!.*/rate/).*",)))
-  half = dict(sites=calibrate.at_budget(base, dict(rates=PAIR), 0.5))
+  half = dict(sites=schedules.at_budget(base, dict(rates=PAIR), 0.5))
   configs = {"dense": base, "rates learn": base | learned, "rates alone": base | alone, "frozen, half": base | half}
   calls = {name: _step(complete(config), args.batch_size) for name, config in configs.items()}
   times = bench.interleave(calls, rounds=args.rounds)

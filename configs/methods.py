@@ -62,7 +62,7 @@ from tokred.config import arguments, nearest
 
 # Weights of an own loss, or settings of training, stand beside the sites: groups of the training config.  `tune`:
 # whether the method is fine-tuned; `freeze`: share of the steps after which learned rates are integers; `search`: how
-# counts are found.  `layers` are words of tokred.calibrate.LAYERS, and counts follow from the budget.
+# counts are found.  `layers` are words of tokred.schedules.LAYERS, and counts follow from the budget.
 # What decides starts from nothing beside weights that know their task: DynamicViT's authors give it 100 times the
 # learning rate of the backbone.
 FRESH = dict(optim=dict(multipliers=((r".*/reduce/.*", 20.0),)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tokred
-from tokred import calibrate
+from tokred import calibrate, schedules
 from tokred.reducers import base
 
 # 16 patches and CLS, width 16, MLP 32: a block costs 4 N 16^2 + 2 N^2 16 for attention and 2 N 16 32 for the MLP.
@@ -32,13 +32,13 @@ def share_of(sites):
 
 def test_the_share_by_hand():
   module = tokred.build(CONFIG | {"sites": site(keep=1.0)}).module
-  share = calibrate.share(module, module.sites.spots, (9, 5))
+  share = schedules.share(module, module.sites.spots, (9, 5))
   assert share == pytest.approx(macs((17, 9), (9, 5)) / macs((17, 17), (17, 17)), rel=1e-6)
 
 
 @pytest.mark.parametrize("budget", [0.9, 0.75, 0.6])
 def test_no_other_count_comes_nearer(budget):
-  (keep,) = (s["keep"] for s in calibrate.at_budget(CONFIG, site(), budget).values())
+  (keep,) = (s["keep"] for s in schedules.at_budget(CONFIG, site(), budget).values())
   got = macs((17, keep[0]), (keep[0], keep[1])) / macs((17, 17), (17, 17))
   assert got <= budget
   for more in ((1, 0), (0, 1)):
@@ -52,28 +52,28 @@ def test_learned_counts_are_scaled_to_the_target():
   sites = dict(a_learned=dict(site(keep=(9, 5))["tokens"]), b_by_hand=by_hand)
   model = tokred.build(CONFIG | {"sites": sites}).init()
   dense = macs((17, 17), (17, 17))
-  at = lambda cost: calibrate.at_target(model, {"a_learned"}, cost / dense + 1e-6).sites  # noqa: E731
+  at = lambda cost: schedules.at_target(model, {"a_learned"}, cost / dense + 1e-6).sites  # noqa: E731
   down = at(macs((17, 7), (7, 4)))  # f = 3/4: 6 and 3
   assert down.a_learned.keep == (7, 4) and down.b_by_hand.keep == 9
   # f = 5/8: 5 and round(2.5) = 2, where 14/25 gives 4 and 2; what that leaves of the budget is one token of the last.
   assert at(macs((17, 6), (6, 4))).a_learned.keep == (6, 4)
   # f = 3/2: 12 and 6; the site by hand keeps attention of block 1 at 9 tokens.
   assert at(macs((17, 13), (9, 7))).a_learned.keep == (13, 7)
-  gmacs = calibrate.at_target(model, {"a_learned"}, macs((17, 7), (7, 4)) / 1e9 + 1e-12, "gmacs")
+  gmacs = schedules.at_target(model, {"a_learned"}, macs((17, 7), (7, 4)) / 1e9 + 1e-12, "gmacs")
   assert gmacs.sites.a_learned.keep == (7, 4)
-  tokens = calibrate.at_target(model, {"a_learned"}, (7 + 4) / 2, "tokens")  # the mean of what leaves the blocks
+  tokens = schedules.at_target(model, {"a_learned"}, (7 + 4) / 2, "tokens")  # the mean of what leaves the blocks
   assert tokens.sites.a_learned.keep == (7, 4)
   with pytest.raises(ValueError, match=r"sites a_learned cannot go down to 0.1 in unit 'fraction', only to 0\.\d+"):
-    calibrate.at_target(model, {"a_learned"}, 0.1)
+    schedules.at_target(model, {"a_learned"}, 0.1)
 
 
 def test_shares_and_even_removal():
   config = CONFIG | {"model": MODEL | {"depth": 8, "image_size": (16, 16)}}
-  (stages,) = calibrate.at_budget(config, site(layers="stages"), 0.6).values()
+  (stages,) = schedules.at_budget(config, site(layers="stages"), 0.6).values()
   assert stages["layers"] == (2, 4, 6)
   rates = [(out - 1) / (n - 1) for n, out in zip((257, *stages["keep"]), stages["keep"], strict=False)]
   assert max(rates) - min(rates) < 0.03
-  (every,) = calibrate.at_budget(config, site(layers="every"), 0.6).values()
+  (every,) = schedules.at_budget(config, site(layers="every"), 0.6).values()
   assert every["layers"] == (1, 2, 3, 4, 5, 6, 7)
   removed = -np.diff((257, *every["keep"]))
   assert removed.max() - removed.min() <= 2
@@ -82,8 +82,8 @@ def test_shares_and_even_removal():
 def test_learning_begins_with_the_counts_set_by_hand():
   config = CONFIG | {"model": MODEL | {"depth": 4}}
   pair = dict(reducer=("topk", "diffrate_merge"), score="token_norm", layers="every")
-  by_hand = calibrate.at_budget(config, dict(tokens=pair), 0.7)["tokens"]
-  learned = calibrate.at_budget(config, dict(tokens=dict(pair, rate="learned", initial="budget")), 0.7)["tokens"]
+  by_hand = schedules.at_budget(config, dict(tokens=pair), 0.7)["tokens"]
+  learned = schedules.at_budget(config, dict(tokens=dict(pair, rate="learned", initial="budget")), 0.7)["tokens"]
   assert learned == dict(pair, layers=(1, 2, 3), rate="learned", initial=by_hand["keep"])
   model = tokred.freeze(tokred.build(config | {"sites": dict(tokens=learned)}).init())
   assert model.config.sites.tokens.keep == by_hand["keep"] and "initial" not in model.config.sites.tokens
@@ -92,40 +92,40 @@ def test_learning_begins_with_the_counts_set_by_hand():
 def test_counts_are_those_that_a_reducer_can_give():
   config = CONFIG | {"model": MODEL | {"depth": 6}}
   template = dict(tokens=dict(reducer="tome", layers="every"))
-  (tome,) = calibrate.at_budget(config, template, 0.55).values()
+  (tome,) = schedules.at_budget(config, template, 0.55).values()
   for n, out in zip((17, *tome["keep"]), tome["keep"], strict=False):
     assert out >= n - (n - 1) // 2
-  (fused,) = calibrate.at_budget(config, dict(tokens=dict(reducer="topk", fuse=True, layers="stages")), 0.6).values()
+  (fused,) = schedules.at_budget(config, dict(tokens=dict(reducer="topk", fuse=True, layers="stages")), 0.6).values()
   assert min(fused["keep"]) >= 2
 
 
 def test_routed_blocks_become_more_where_the_budget_asks_for_it():
   config = CONFIG | {"model": MODEL | {"depth": 6}}
   template = dict(tokens=dict(reducer="router", place="around", layers="alternate"))
-  layers = [calibrate.at_budget(config, template, b)["tokens"]["layers"] for b in (0.7, 0.5, 0.3)]
+  layers = [schedules.at_budget(config, template, b)["tokens"]["layers"] for b in (0.7, 0.5, 0.3)]
   assert layers == [(1, 3, 5), (1, 2, 4, 5), (1, 2, 3, 4, 5)]
 
 
 def test_prune_and_merge_share_what_goes():
   config = CONFIG | {"model": MODEL | {"depth": 4}}
   template = dict(tokens=dict(reducer=("topk", "diffrate_merge"), layers="every"))
-  prune, merge = calibrate.at_budget(config, template, 0.7)["tokens"]["keep"]
+  prune, merge = schedules.at_budget(config, template, 0.7)["tokens"]["keep"]
   assert len(prune) == len(merge) == 3 and all(p > m for p, m in zip(prune, merge, strict=True))
 
 
 def test_learned_rates_and_given_counts_stay():
   learned = dict(tokens=dict(reducer="topk", layers=(0, 1), rate="learned"))
-  assert calibrate.at_budget(CONFIG, learned, 0.6) == learned
-  assert calibrate.at_budget(CONFIG, site(keep=5), 0.6) == site(keep=5)
+  assert schedules.at_budget(CONFIG, learned, 0.6) == learned
+  assert schedules.at_budget(CONFIG, site(keep=5), 0.6) == site(keep=5)
 
 
 def test_errors():
   with pytest.raises(
     ValueError, match=r"sites tokens cannot go down to budget=0.1 .* only to 0\.\d+; raise the budget"
   ):
-    calibrate.at_budget(CONFIG, site(), 0.1)
+    schedules.at_budget(CONFIG, site(), 0.1)
   with pytest.raises(ValueError, match="layers='evry' is no word for layers; did you mean 'every'"):
-    calibrate.at_budget(CONFIG, site(layers="evry"), 0.5)
+    schedules.at_budget(CONFIG, site(layers="evry"), 0.5)
 
 
 @pytest.fixture(scope="module")

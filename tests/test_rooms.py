@@ -15,7 +15,7 @@ ROOMS = [  # from the bottom; a room may import those below it, not its neighbou
   {"nn"},
   {"arank", "losses", "sharding", "checkpoint", "model"},
   {"pretrained"},
-  {"data", "vqa"},
+  {"data", "vqa", "schedules"},
   {"evaluate", "export", "bench", "viz", "calibrate", "probe", "processing"},
   {"loading"},
   {"train"},

@@ -118,6 +118,19 @@ def test_counts_are_settled_once_the_weights_are_there(swept, tmp_path, monkeypa
   assert digests[0] == row["digest"] and len(set(digests)) == 3 and digests[1] == digests[3]
 
 
+def test_learned_thresholds_become_counts(swept, tmp_path):
+  """What images kept in the mean, each another number, is what all keep in the end, at the budget."""
+  c = config(methods=("ltmp",), budgets=(0.8,), init=str(swept[0] / "dense"))
+  with c.unlocked():
+    c.bench.rounds = 0
+  made = sweep.recipe(c, "ltmp", 0.8, 0, c.init)
+  assert (made.loss.target, made.train.mode, made.sites.tokens.rate) == (0.8, "mask", "learned_threshold")
+  (row,) = sweep.run(c, tmp_path)
+  assert row["trained"] and 0.75 < row["share"] <= 0.8
+  *_, before, last = map(int, row["counts"].split())  # numbers, not means
+  assert last <= before < 17
+
+
 def test_plan_trains_over_seeds_and_evaluates_once():
   c = config(seeds=(0, 1), budgets=(0.8, 0.9))
   assert sweep.plan(c, ["dense", "tome", "dense+tuned"]) == [

@@ -26,7 +26,7 @@ import matplotlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from tokred import bench, calibrate, loading
+from tokred import bench, calibrate, loading, schedules
 from tokred import data as tokred_data
 from tokred import evaluate as tokred_evaluate
 from tokred import model as tokred_model
@@ -139,7 +139,7 @@ def recipe(config: ConfigDict, name: str, budget: float, seed: int, init: str = 
   for site in method["sites"].values():
     if site.get("rate") == "scheduled":
       site["schedule"] = tuple(round(part * full["train"]["steps"]) for part in site["schedule"])
-  full["sites"] = calibrate.at_budget(full, method["sites"], budget) if method["sites"] else {}
+  full["sites"] = schedules.at_budget(full, method["sites"], budget) if method["sites"] else {}
   rates = {site.get("rate") for site in full["sites"].values()}
   if rates & set(LEARNED):
     full["train"]["mode"], full["loss"]["target"] = "mask", budget

@@ -21,7 +21,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from tokred import calibrate, checkpoint, evaluate, loading, lora, pretrained, rates, sharding
+from tokred import checkpoint, evaluate, loading, lora, pretrained, rates, schedules, sharding
 from tokred import data as tokred_data
 from tokred.config import complete
 from tokred.files import write_json
@@ -169,7 +169,7 @@ class _Run:
     counts = {spot.site for spot in module.sites.spots if spot.rate == "learned"}
     if not c.loss.budget or learned != counts or c.rates.multiple_of > 1:
       return frozen
-    met = calibrate.at_target(frozen, counts, c.loss.target, c.loss.target_unit)
+    met = schedules.at_target(frozen, counts, c.loss.target, c.loss.target_unit)
     self.log.message(
       f"learned counts {frozen.counts} are scaled to the target of {c.loss.target:g} {c.loss.target_unit}"
     )
