@@ -130,8 +130,8 @@ METHODS: dict[str, dict[str, Any]] = {
   "tome_learned_half": dict(sites=dict(tokens=dict(reducer="tome", layers="every", rate="learned"))) | RATE,
   # A threshold for each block, merging before pruning (Bonnaerens & Dambre, 2023, arXiv:2307.10780).  Pairs that are
   # more alike than theta merge, and tokens to which less than theta' of the attention goes are dropped; they start at
-  # 0.9 and 0.  The authors' softness is 0.1, many times the attention that a token gets.  One moves by tenths, the other
-  # by hundredths.
+  # 0.9 and 0.  The authors' softness is 0.1, many times the attention that a token gets.  One moves by tenths, the
+  # other by hundredths.
   "ltmp": _one(("dymu_merge", "topk"), "all", tune=True, score="column_mean", rate="learned_threshold", **LTMP)
   | CALM
   | dict(optim=dict(multipliers=((r".*dymu_merge/rate/.*", 10.0), (r".*topk/rate/.*", 0.3))), loss=dict(budget=20.0))
