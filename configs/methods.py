@@ -169,7 +169,7 @@ METHODS: dict[str, dict[str, Any]] = {
     tune=True,
   ),
   "clca": dict(
-    sites=dict(prune=dict(reducer="topk", fuse=True, layers="stages"), cache=dict(reducer="clca", layers="every")),
+    sites=dict(prune=dict(reducer="topk", fuse=True, layers="stages"), cache=dict(reducer="clca", layers="all")),
     tune=True,
   ),
 }

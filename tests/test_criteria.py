@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from golden import needs_golden, quick, recorded
 
-from tokred import scores
+from tokred import scores, sites
 from tokred import tokens as tk
+from tokred.layout import Stack
 from tokred.nn import attention
 from tokred.rates import Threshold
 from tokred.reducers import ats, cluster, diversity, zerotprune
@@ -184,7 +185,8 @@ def test_every_score_has_a_function_and_a_row_for_each_token():
     def run(q, score=score, needs=needs):
       feats = {n: attention.FEATURES[n](q, q, q, size=None, mask=None) for n in needs if n in attention.FEATURES}
       tokens = tk.start(q.reshape(2, 5, 8), 1)
-      return score(tokens.replace(feats=feats | {"update": tokens.x, scores.MEMORY: q[:, 0, :, 0]}))
+      feats |= {"update": tokens.x, "mlp_update": tokens.x, scores.MEMORY: q[:, 0, :, 0]}
+      return score(tokens.replace(feats=feats))
 
     got = jax.eval_shape(run, q)
     assert got.shape == (2, 5) and got.dtype == jnp.float32, name
@@ -382,6 +384,42 @@ def test_ats_by_hand():
   assert position == [0, 3, 4, 1]
   assert np.asarray(out.mask[0]).tolist() == [True] * 4 + [False]
   assert survivors(ats.ATS(), tokens, 3)[0] == [0, 3, 1]
+
+
+@pytest.mark.parametrize("slots", [6, 101])
+def test_ats_levels_do_not_depend_on_how_many_are_left(slots):
+  """Scores .01, .01, .01, .01, .96: CDF moved to [0, 1]: 0, .0101, .0202, .0303, 1.
+
+  Five levels from .0101 to 1, .2475 apart: the entries 1, 3 (.2273 from .2576, .7424 from 1), 3 (.4747 against .4949),
+  4, 4.  At 100 levels, .0100 apart, .0201 and .0301 pick entries 2 and 3: only the first is not picked.
+  """
+  x = np.zeros(slots)
+  row = np.zeros((1, slots))
+  row[0, :6] = 0.5, 0.01, 0.01, 0.96, 0.01, 0.01
+  tokens = tokens_of(x, cls_attention=row, value=np.full((1, slots, 1, 4), 0.5))
+  index = jnp.arange(slots)[None]
+  tokens = tokens.replace(protected=index < 1, mask=index < 6)
+  left = lambda keep, **options: survivors(ats.ATS(**options), tokens, keep)[0]  # noqa: E731
+  if slots == 6:
+    assert left(6) == [0, 2, 5, 3]
+    # CLS and three: the first of those that were picked has no room.
+    assert left(4, levels=100) == [0, 4, 5, 3] and left(1, levels=100) == [0]
+    for keep in (4, 6):
+      out = call(ats.ATS(levels=100), tokens, keep, "gather")[0]
+      assert np.asarray(out.position[0])[np.asarray(out.alive[0])].tolist() == left(keep, levels=100)
+  else:
+    assert left(101) == [0, 2, 4, 5, 3]  # 100 levels, and 5 tokens
+  assert left(6, levels=100) == [0, 2, 4, 5, 3]
+
+
+def test_ats_keeps_eight():
+  site = lambda **fields: dict(s=dict(reducer="ats", layers=(1,), **fields))  # noqa: E731
+  stack = Stack(depth=4, num_tokens=17, num_protected=1)
+  assert sites.parse(site(keep=0.2), stack).counts() == (17, 8, 8, 8)  # ceil(16 / 5) and CLS are 5
+  with pytest.raises(ValueError, match=r"keep=7 leaves 7 of 17 tokens at layer 1, but 'ats' can go down to 8"):
+    sites.parse(site(keep=7), stack)
+  with pytest.raises(ValueError, match=r"sites.s.levels=-1 must be a number of levels, or 0"):
+    sites.parse(site(keep=9, levels=-1), stack)
 
 
 @needs_golden

@@ -1,5 +1,6 @@
 """Fusion: PiToMe, ToFu, Token Transforming, self-slimming, semantic tokens, and ToMe's other two splits."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,8 +11,10 @@ import pytest
 from golden import MODES, backbone, check_forward, check_sources, forward, model, needs_golden, quick, recorded
 
 import tokred
+from tokred import config as defaults
 from tokred import losses, scores
 from tokred import tokens as tk
+from tokred.nn import vit
 from tokred.reducers import pitome, sit, stvit, tofu, tome_kth, tome_random, transforming
 
 
@@ -167,6 +170,21 @@ def test_tofu_prunes_early():
   np.testing.assert_allclose(out.x[0], [[5, 6], [0, 4], [7, 8]])
   assert out.owner[0].tolist() == [-1, 1, 0, 2] and out.size.tolist() == [[1, 1, 1]]
   assert not tofu.ToFu(layer=3, depth=4).prunes
+
+
+@pytest.mark.parametrize(
+  "n, keep, want",
+  [
+    (65, 0.8, 52),  # 65 x 0.2 is 13: CLS counts, of 64 patches 12 would go
+    (65, 0.5, 33),  # floor(32.5) = 32 go, as many as there are sources
+    (64, 0.5, 33),  # 32 would go, but only 31 of the 63 that may go are sources
+    (65, 0.3, 33),
+    (65, 1.0, 65),
+    (25, 0.6, 15),  # 25 x 0.6 is 15.0 in float64
+  ],
+)
+def test_tofu_counts_its_share_of_all_tokens(n, keep, want):
+  assert tofu.ToFu().count(keep, n, 1, 64) == want
 
 
 def test_tofu_of_zeros_has_a_gradient():
@@ -411,6 +429,187 @@ def test_recalibration():
   recovered = [jnp.asarray([[[1.0, 2.0]]]), jnp.asarray([[[3.0]]])]
   teacher = [jnp.zeros((1, 1, 2)), jnp.zeros((1, 1, 1))]
   np.testing.assert_allclose(losses.recalibration(recovered, teacher), 5.75)
+
+
+@pytest.mark.parametrize("site", [dict(reducer="sit", keep=0.5, reverse=True), dict(reducer="sit_reverse")])
+def test_recalibration_at_the_output(site):
+  """What is slimmed behind the last block is taught by what leaves that block of the teacher."""
+  fields = dict(variant="mu/8", width=16, depth=2, num_heads=2, mlp_dim=32, image_size=(32, 32), num_classes=3)
+  config = defaults.complete(dict(model=fields, sites=dict(s=dict(site, place="output")), loss=dict(recalibration=2.0)))
+  module = vit.make(config.model, config.sites)
+  begin = functools.partial(jax.jit, compiler_options=quick())
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
+  student, variables = begin(lambda: module.init_with_output(jax.random.key(0), images, train=True, mode="mask"))()
+  teacher = begin(lambda: module.dense().apply(variables, images))()
+  found = losses.terms(config.loss, module, student, jnp.eye(3)[:2], teacher, None)["recalibration"]
+  recovered = student.aux["reduce/s/recovered"][0]
+  np.testing.assert_allclose(found, jnp.square(recovered - teacher.aux["tokens/1"][:, 1:]).mean(), rtol=1e-5)
+  short = dataclasses.replace(student, aux=student.aux | {"reduce/s/recovered": {0: recovered[:, :9]}})
+  with pytest.raises(ValueError, match=r"sites.s.patches=9, but the grid has 16: set it to that or drop it"):
+    losses.terms(config.loss, module, short, jnp.eye(3)[:2], teacher, None)
+
+
+@pytest.mark.parametrize(
+  "size, registers, keep, patches", [((32, 64), 0, 0.5, 32), ((32, 64), 0, 7, 32), ((16, 16), 4, 6, 4)]
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_what_was_slimmed_comes_back_on_any_grid(size, registers, keep, patches, own):
+  """The site tells how many tokens stand before the patches: on 4 x 8, and on 2 x 2 behind CLS and four registers."""
+  slim, back = dict(reducer="sit", layers=(0,), keep=keep), dict(back=dict(reducer="sit_reverse", layers=(1,)))
+  sites = dict(slim=dict(slim, reverse=True)) if own else dict(slim=slim, **back)
+  fields = dict(variant="mu/8", width=16, depth=2, num_heads=2, mlp_dim=32, image_size=size, num_registers=registers)
+  module = vit.make(defaults.complete(dict(model=fields)).model, sites)
+  init = functools.partial(module.init_with_output, train=True, mode="gather")
+  out, variables = jax.eval_shape(init, jax.random.key(0), jnp.zeros((2, *size, 3)))
+  (recovered,) = out.aux[f"reduce/{'slim' if own else 'back'}/recovered"].values()
+  assert recovered.shape == (2, patches, 16)
+  block = variables["params"]["block_0" if own else "block_1"]["reduce"]
+  head = block["slim"]["sit"]["sit_reverse"] if own else block["back"]["sit_reverse"]
+  assert head["slots"].shape == (4 * patches, module.sites.spots[0].keep - 1 - registers)  # no slot is left out
+
+
+@pytest.mark.parametrize("patches, keep", [(0, 8), (40, 20)])
+def test_a_grid_that_does_not_fit_is_told_of(patches, keep):
+  """Alone it takes 33 tokens for 5 x 5 patches and 8 others."""
+  want = rf"patches={patches or 25} of the 33 tokens at the input leave no slot among the {keep} that arrive"
+  with pytest.raises(ValueError, match=want):
+    begin(sit.SiTReverse(patches=patches), make(np.zeros((1, 33, 4))), keep)
+
+
+# Gates that were learned before.
+
+
+LEARNED = {
+  "sit": (sit.SiT(), {}),
+  "avg": (stvit.STViT(pool="avg", layer_scale=0.5), {}),
+  "cls_attention": (transforming.Transforming(temperature=0.3), dict(cls_attention=0.05)),
+  "token_norm": (transforming.Transforming(temperature=0.3, score="token_norm"), {}),
+}
+
+
+def gated(seed=0, dead=4, **feats):
+  """CLS and 4 x 4 tokens, the last of which are dead, and shorter than the others; the mask is float."""
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=(2, 17, 4))
+  x[:, 17 - dead :] *= 0.2
+  alive = np.arange(17) < 17 - dead
+  score = {name: np.where(alive, rng.uniform(0.1, 0.2, (2, 17)), low) for name, low in feats.items()}
+  return make(x, prefix=1, **score).replace(mask=jnp.tile(jnp.asarray(alive, jnp.float32), (2, 1)))
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_gate_learns_what_its_token_gives_to_the_slots(name):
+  """Values are those without a gradient, and slopes those of weights that are multiplied by the gate.
+
+  Of the average within a cell, of the attention to it, and of the softmax over tokens.
+  """
+  reducer, feats = LEARNED[name]
+  tokens, keep = gated(**feats), 5
+  rng = np.random.default_rng(1)
+  variables = jax.tree.map(
+    lambda a: a + jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype),
+    jax.jit(lambda: reducer.init(jax.random.key(0), tokens, keep, train=True, mode="mask"))(),
+  )
+  by = jnp.asarray(rng.normal(size=(2, keep, 4)), jnp.float32)
+
+  @functools.partial(jax.jit, compiler_options=quick())
+  def both_ways(mask):
+    def total(mask):
+      out, _ = reducer.apply(variables, tokens.replace(mask=mask), keep, train=True, mode="mask")
+      return (out.x[:, :keep] * by).sum(), out
+
+    return jax.value_and_grad(total, has_aux=True)(mask)
+
+  (value, out), slope = both_ways(tokens.mask)
+  hard, _ = run(reducer, tokens.replace(mask=tokens.mask > 0), keep, "mask", variables)
+  for field in ("x", "size", "owner"):
+    np.testing.assert_allclose(getattr(out, field), getattr(hard, field), rtol=1e-5, atol=1e-6)
+  for i in (1, 6, 12, 13, 16):  # two that are dead
+    step = 1e-2 if tokens.mask[0, i] == 0 else -1e-2
+    (moved, _), _ = both_ways(tokens.mask.at[0, i].add(step))
+    np.testing.assert_allclose((moved - value) / step, slope[0, i], rtol=0.05, atol=2e-3, err_msg=str(i))
+    assert abs(slope[0, i]) > 1e-4
+  assert not slope[:, 0].any() and jnp.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("reducer", ["sit", "stvit", "transforming"])
+def test_decisions_learn_through_the_slots(reducer):
+  """Tokens are selected, and slots made of those that are left, before any attention sees the gates."""
+  site = dict(reducer=("gumbel", reducer), place="before", layers=(1,), keep=(0.5, 5))
+  fields = dict(variant="mu/8", width=16, depth=2, num_heads=2, mlp_dim=32, image_size=(32, 32), num_classes=3)
+  module = vit.make(defaults.complete(dict(model=fields)).model, dict(s=site))
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
+  rng, init = np.random.default_rng(1), functools.partial(module.init, mode="mask")
+  shapes = jax.eval_shape(init, jax.random.key(0), images)
+  params = jax.tree.map(
+    lambda a: jnp.asarray(rng.normal(size=a.shape) / max((*a.shape[:1], 4)) ** 0.5, a.dtype), shapes
+  )
+  total = lambda params: (module.apply(params, images, train=True, mode="mask", rngs=RNGS).logits[:, 0]).sum()  # noqa: E731
+  slopes = jax.jit(jax.grad(total), compiler_options=quick())(params)["params"]
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+  assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(slopes["block_1"]["reduce"]["s_0_gumbel"]))
+
+
+def test_attention_tells_what_a_dead_token_would_weigh():
+  """A score that is 0 because the gate is has the gate's gradient already: here c_j = 0.2 m_j."""
+  tokens, reducer = gated(cls_attention=0.0), transforming.Transforming(temperature=0.3)
+
+  def total(mask):
+    feats = {"cls_attention": jnp.where(tokens.mask > 0, tokens.feats["cls_attention"], 0.2 * mask)}
+    return reducer.apply({}, tokens.replace(mask=mask, feats=feats), 5, train=True, mode="mask")[0].x[:, 1:5].sum()
+
+  slope = jax.jit(jax.grad(total), compiler_options=quick())(tokens.mask)
+  assert (jnp.abs(slope[:, 13:]) > 1e-3).all()
+
+
+def test_an_anchor_carries_its_gate():
+  tokens = gated(cls_attention=0.05)
+  reducer = transforming.Transforming()
+
+  def total(mask):
+    out, _ = reducer.apply({}, tokens.replace(mask=mask), 5, train=True, mode="mask")
+    return out.mask.sum(), out
+
+  slope, out = jax.grad(total, has_aux=True)(tokens.mask)
+  best = np.argsort(-np.asarray(tokens.feats["cls_attention"])[:, 1:])[:, :4] + 1
+  want = np.zeros((2, 17))
+  np.put_along_axis(want, np.concatenate([[[0], [0]], best], axis=1), 1, axis=1)
+  np.testing.assert_array_equal(slope, want)
+  assert out.mask.dtype == jnp.float32 and out.mask.sum(1).tolist() == [5, 5]
+
+
+def test_a_gate_learns_what_its_token_makes_of_the_largest():
+  """Cell 0 holds 5, 3, 9 (dead) and 1; cell 1 holds 4 alone; cell 2 holds 2, dead.
+
+  Without 5 it is 3, a difference of 2; 3 and 1 make none; with 9 it is 9, 4 more; without 4 nothing is left, which
+  counts as 0; and 2 would be 2.
+  """
+  x = jnp.asarray([[[5.0], [3.0], [9.0], [1.0], [4.0], [2.0]]])
+  member = jnp.asarray([[[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]]], bool)
+  gate = jnp.asarray([[1.0, 1, 0, 1, 1, 0]])
+  for learned in (False, True):
+    np.testing.assert_array_equal(stvit.largest(x, member, gate, learned)[0, :, 0], [5, 4, 0])
+  slope = jax.grad(lambda gate: stvit.largest(x, member, gate, True).sum())(gate)
+  np.testing.assert_array_equal(slope[0], [2, 0, 4, 0, 4, 2])
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_gates_of_tokens_that_are_all_dead_or_far_away_have_finite_gradients(name):
+  """Cells and slots without a living token, and dead tokens a million long."""
+  reducer, feats = LEARNED[name]
+  for dead in (4, 16):
+    tokens = gated(dead=dead, **feats)
+    tokens = tokens.replace(x=jnp.where(tokens.mask[..., None] > 0, tokens.x, 5e6 * tokens.x))
+
+    def total(variables, tokens, mask):
+      out, _ = reducer.apply(variables, tokens.replace(mask=mask), 5, train=True, mode="mask")
+      return jnp.square(out.x).sum() + out.size.sum() + out.mask.sum(), out
+
+    variables = reducer.init(jax.random.key(0), tokens, 5, train=True, mode="mask")
+    slopes, out = jax.jit(jax.grad(total, (0, 2), has_aux=True), compiler_options=quick())(
+      variables, tokens, tokens.mask
+    )  # fmt: skip
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((slopes, out.x, out.size)))
 
 
 # Semantic tokens.

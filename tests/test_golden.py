@@ -280,9 +280,8 @@ def test_dynamicvit_training(name, monkeypatch):
   for stage, layer in enumerate(layers):
     np.testing.assert_array_equal(patches(blocks[layer], blocks[layer].mask), arrays[f"decision_{stage}"])
 
-  # Their "dynamic" ratio takes the mean over the batch first.
-  shares = [share.mean() for share in reported(output, "prune", "kept_share")]
-  dynamic = losses.keep_ratio(shares, targets) * settings["ratio_divisor"]
+  shares = reported(output, "prune", "kept_share")  # of their "dynamic" ratio the mean over the batch
+  dynamic = losses.keep_ratio(shares, targets, dynamic=True) * settings["ratio_divisor"]
   np.testing.assert_allclose(dynamic, arrays["loss_ratio_sum_dynamic"], rtol=2e-5)
   other = total + weight["ratio"] * (dynamic - parts["ratio_sum"]) / settings["ratio_divisor"]
   np.testing.assert_allclose(other, arrays["loss_total_dynamic"], rtol=1e-5)

@@ -23,7 +23,7 @@ PLAIN = {
 PLAIN |= {"stts"}
 READERS = {name for name, cls in REGISTRY.items() if "encoder" not in cls.stacks}
 NAMES = sorted(set(REGISTRY) - PLAIN - READERS - {"clca"})  # whose site is one of all blocks
-KEEP = {"stvit": 10, "mctf": 10}  # nine and CLS, MCTF's fewest; the others are asked for shares
+KEEP = {"stvit": 10, "mctf": 10}  # nine and CLS, below which MCTF leaves all; the others are asked for shares
 # What cannot be: two at the output, two behind a block (A-ViT acts in all), others among images that share rows.
 LAST, BEHIND = ("autoencoder", "recover"), ("avit", "sit", "sit_reverse", "spa", "stvit")
 REFUSED = {(a, b) for a in LAST for b in LAST} | {(a, b) for a in BEHIND for b in BEHIND if "avit" in (a, b)}

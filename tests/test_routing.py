@@ -11,7 +11,7 @@ from golden import MODES, backbone, forward, model, needs_golden, quick, recorde
 
 import tokred
 from tokred import config as defaults
-from tokred import losses, sites
+from tokred import losses, schedules
 from tokred import tokens as tk
 from tokred.nn import vit
 from tokred.reducers.dyt import dispatch
@@ -57,13 +57,24 @@ def test_avit_with_a_capacity_cuts_who_has_halted_most():
 
 
 def test_halting_prior_by_hand():
-  # Mean halting 0.2 and 0.6 are q = (1/4, 3/4); the prior around block 1 is p = (e^-1/2, 1) / (1 + e^-1/2).
-  # A token that has halted does not count.
+  # Mean halting 0.2 and 0.6 are q = (1/4, 3/4); around block 1 the prior is (e^-1/2, 1) times 0.98 e^1/2, for the one
+  # block before it has 0.98: p = (.98, .98 e^1/2 = 1.615747).  A token that has halted does not count.
+  # (.98 log(.98 / .25) + 1.615747 log(1.615747 / .75)) / 2 = (.98 1.366092 + 1.615747 .767479) / 2 = 1.289411
   halting = [jnp.full((2, 3), 0.2), jnp.asarray([[0.6, 0.6, 9.0]] * 2)]
   running = [jnp.ones((2, 3)), jnp.asarray([[1.0, 1.0, 0.0]] * 2)]
-  p = np.array([np.exp(-0.5), 1.0]) / (1 + np.exp(-0.5))
-  wanted = (p * np.log(p / np.array([0.25, 0.75]))).sum()
-  np.testing.assert_allclose(losses.halting_prior(halting, running, 1.0), wanted, rtol=1e-5)
+  np.testing.assert_allclose(losses.halting_prior(halting, running, 1.0), 1.289411, rtol=1e-5)
+
+
+def test_halting_prior_as_its_authors_have_it():
+  # Twelve blocks, centre 8: their target is the density times .98 / (sum of the first eight), KLDivLoss("batchmean") of
+  # a vector divides by its length, and only the mean halting is clamped: 9e-4 of block 0 to .01.
+  mean = np.array([1e-3, 0.01, 0.02, 0.05, 0.1, 0.1, 0.1, 0.2, 0.2, 0.1, 0.1, 0.1])
+  density = np.exp(-0.5 * (np.arange(12) - 8.0) ** 2) / np.sqrt(2 * np.pi)
+  p, q = density * 0.98 / density[:8].sum(), np.clip(mean / mean.sum(), 0.01, 0.99)
+  assert p.sum() > 3 and q[0] == 0.01
+  halting, running = [jnp.full((2, 3), h) for h in mean], [jnp.ones((2, 3))] * 12
+  ours = losses.halting_prior(halting, running, 12 * defaults.default().loss.halting_depth)
+  np.testing.assert_allclose(ours, (p * np.log(p / q)).sum() / 12, rtol=1e-5)
 
 
 @needs_golden
@@ -97,6 +108,30 @@ def test_dyt_dispatcher(case):
   np.testing.assert_allclose(ratio, arrays[f"c{case}_loss_token_weighted"], rtol=1e-5)
   ce = optax.softmax_cross_entropy_with_integer_labels(get("pred"), get("labels")).mean()
   np.testing.assert_allclose(ce + ratio, arrays[f"c{case}_loss_total"], rtol=1e-5)
+
+
+def test_shares_that_images_and_layers_may_have_by_hand():
+  # Two layers let 1/4 and 3/4, and 0 and 1/4 of two images' tokens through.  Held at 1/2 each: of the images, the mean
+  # of 1/16, 1/16 and of 1/4, 1/16 is 7/64; of the batch, that of 0 and (1/8 - 1/2)^2 = 9/64 is 9/128.
+  shares = [jnp.asarray([0.25, 0.75]), jnp.asarray([0.0, 0.25])]
+  np.testing.assert_allclose(losses.keep_ratio(shares, [0.5, 0.5]), 7 / 64, rtol=1e-6)
+  np.testing.assert_allclose(losses.keep_ratio(shares, [0.5, 0.5], dynamic=True), 9 / 128, rtol=1e-6)
+  # At least 0.3: 0.05 and 0 are missing in the first, 0.3 and 0.05 in the second: 0.025 + 0.175.
+  np.testing.assert_allclose(losses.min_ratio(shares, 0.3), 0.2, rtol=1e-6)
+
+
+def test_shares_of_a_model():
+  module, params, images = small(dict(route=dict(reducer="dyt", layers=(1, 2), keep=0.25, hidden=4)))
+  rngs = {"dropout": jax.random.key(0), "reduce": jax.random.key(1)}
+  output = module.apply({"params": params}, images, train=True, mode="mask", rngs=rngs)
+  weights = dict(keep_ratio=1.0, dynamic=True, min_ratio=1.0, min_share=0.6)
+  named = losses.reports(defaults.complete(dict(loss=weights)).loss, module, output)
+  first, second = (np.asarray(share) for share in reported(output, "route", "kept_share"))
+  wanted = ((first.mean() - 0.25) ** 2 + (second.mean() - 0.25) ** 2) / 2
+  np.testing.assert_allclose(named["keep_ratio"], wanted, rtol=1e-5)
+  wanted = sum(np.maximum(0.6 - share, 0).mean() for share in (first, second))
+  np.testing.assert_allclose(named["min_ratio"], wanted, rtol=1e-5)
+  assert wanted > 0
 
 
 def test_dyt_in_a_model():
@@ -174,13 +209,13 @@ def test_halting_prior_of_a_model():
   weights = defaults.complete(dict(loss=dict(halting_prior=1.0))).loss
 
   output = module.apply({"params": params}, images, train=True, mode="mask", rngs={"dropout": jax.random.key(0)})
-  # The centre is 2/3 of 4 blocks, and h of the last block its own, not the 1 that ends all.
+  # The centre is 2/3 of 4 blocks, three are before it, and h of the last block is its own, not the 1 that ends all.
   halting, running = (np.stack(reported(output, "halt", name)) for name in ("halting", "depth"))
   mean = (halting * running).sum((1, 2)) / running.sum((1, 2))
   p = np.exp(-0.5 * (np.arange(4) - 8 / 3) ** 2)
-  p, q = np.clip(p / p.sum(), 0.01, 0.99), np.clip(mean / mean.sum(), 0.01, 0.99)
+  p, q = 0.98 * p / p[:3].sum(), np.clip(mean / mean.sum(), 0.01, 0.99)
   prior = losses.reports(weights, module, output)["halting_prior"]
-  np.testing.assert_allclose(prior, (p * np.log(p / q)).sum(), rtol=1e-5)
+  np.testing.assert_allclose(prior, (p * np.log(p / q)).sum() / 4, rtol=1e-5)
   assert mean[-1] < 0.9  # it was 1 there, and the prior saw nothing else
 
 
@@ -277,10 +312,12 @@ def test_predictor_learns_the_choice_and_makes_it():
 
 def test_annealed_temperature():
   # From 4 to 1 over 10 steps: 4 (1/4)^0.5 = 2 half way.  The gate's slope scales with 1 / temperature.
-  select = dict(reducer="dyt", layers=(1,), keep=0.5, hidden=4, anneal=(("temperature", 4.0, 1.0, 0, 10),))
+  # That of inference is the option's own.
+  select = dict(reducer="dyt", layers=(1,), keep=0.5, hidden=4, temperature=1.0)
+  select["anneal"] = (("temperature", 4.0, 1.0, 0, 10),)
   module, params, images = small(dict(route=select))
-  assert sites.annealed(module.sites.spots, 5) == {"route.temperature": 2.0}
-  assert [sites.annealed(module.sites.spots, step)["route.temperature"] for step in (0, 10, 99)] == [4.0, 1.0, 1.0]
+  assert schedules.annealed(module.sites.spots, 5) == {"route.temperature": 2.0}
+  assert [schedules.annealed(module.sites.spots, step)["route.temperature"] for step in (0, 10, 99)] == [4.0, 1.0, 1.0]
 
   def share(params, keeps):
     rngs = {"reduce": jax.random.key(3)}
@@ -294,5 +331,3 @@ def test_annealed_temperature():
     return float(grads["block_1"]["reduce"]["route"]["dyt"]["dispatcher"]["bias"][0])
 
   assert 0 < 100 * bias(100.0) < 1.1 * 0.25 and bias(2.0) > bias(100.0)  # sigmoid' <= 1/4
-  with pytest.raises(ValueError, match="is no number among the options"):
-    small(dict(route=dict(select, anneal=(("warmth", 1.0, 2.0, 0, 1),))))

@@ -7,14 +7,20 @@ import jax.numpy as jnp
 import pytest
 
 import tokred.reducers  # noqa: F401 (registers)
-from tokred import sites
+from tokred import schedules, sites
 from tokred.config import complete
 from tokred.layout import Stack
-from tokred.nn import vit
+from tokred.nn import reduce, vit
 from tokred.reducers import base
+from tokred.testing import cases
 
 STACK = Stack(depth=4, num_tokens=17, num_protected=1)
 TOPK = dict(reducer="topk", layers=(1,), keep=0.5)
+DYT = dict(reducer="dyt", layers=(1,), keep=0.5)
+
+
+def moving(cls):
+  return [field.name for field in dataclasses.fields(cls) if field.name in cls.annealable]
 
 
 def parse(stack=STACK, **named):
@@ -52,6 +58,16 @@ def counts(**named):
     (dict(TOPK, rate="threshold"), r"sites.s.threshold is missing: the smallest score that stays"),
     (dict(TOPK, rate="scheduled"), r"sites.s.rate='scheduled' needs one reducer, keep, and schedule="),
     (dict(reducer="topk", layers=(1,), r=2, rate="scheduled", schedule=(0, 9)), r"'scheduled' needs one reducer, keep"),
+    (dict(TOPK, rate="scheduled", schedule=5), r"sites.s.schedule=5 must be two numbers, \(first step, last step\)"),
+    (dict(TOPK, rate="scheduled", schedule=("0", 9)), r"sites.s.schedule=\('0', 9\) must be two numbers"),
+    (dict(TOPK, rate="scheduled", schedule=(9, 0)), r"sites.s.schedule=\(9, 0\) must be two numbers, .*, ascending"),
+    (dict(reducer="avit", layers=(1, 3)), r"sites.s.layers=\(1, 3\), but \('avit',\) acts in every block; valid: r"),
+    (dict(DYT, anneal=5), r"sites.s.anneal=5 must hold \(option, from, to, first step, last step\), values above 0"),
+    (dict(DYT, anneal=("temperature", 4.0, 1.0, 0, 9)), r"sites.s.anneal=\('temperature', .* must hold \(option"),
+    (dict(DYT, anneal=(("temperature", 4.0, 1.0, 9, 0),)), r"sites.s.anneal=.* and steps ascending"),
+    (dict(DYT, anneal=(("warmth", 4.0, 1.0, 0, 9),)), r"'warmth' is no option of \('dyt',\) that can move .*valid: t"),
+    (dict(DYT, anneal=(("dropout", 0.3, 0.1, 0, 9),)), r"'dropout' is no option of .*; valid: temperature"),
+    (dict(TOPK, anneal=(("temperature", 4.0, 1.0, 0, 9),)), r"'temperature' is no option of \('topk',\) .*valid: none"),
     (dict(reducer="router", layers=(1,), rate="learned"), r"'learned' is not available at place='around'; valid: b"),
     (
       dict(TOPK, initial=9),
@@ -217,13 +233,42 @@ def test_needs_and_masked():
 def test_scheduled_counts_fall_from_all_to_keep():
   config = dict(s=dict(TOPK, layers=(1, 2), keep=(0.5, 0.25), rate="scheduled", schedule=(10, 20)), t=dict(
     reducer="tome", layers=(0,), r=1))  # fmt: skip
-  assert sites.scheduled(config, STACK, 0) == {"s": (16, 16)}  # all that arrive
-  assert sites.scheduled(config, STACK, 10) == {"s": (16, 16)}
+  assert schedules.scheduled(config, STACK, 0) == {"s": (16, 16)}  # all that arrive
+  assert schedules.scheduled(config, STACK, 10) == {"s": (16, 16)}
   # half way along the cosine: 0.75 and 0.625 of 15 and 12 patches: 12 + 1, ceil(7.5) + 1
-  assert sites.scheduled(config, STACK, 15) == {"s": (13, 9)}
-  assert sites.scheduled(config, STACK, 99) == {"s": (9, 3)}
+  assert schedules.scheduled(config, STACK, 15) == {"s": (13, 9)}
+  assert schedules.scheduled(config, STACK, 99) == {"s": (9, 3)}
   config["s"]["keep"] = (9, 5)  # half way from the 16 that arrive: ceil(12.5) and ceil(10.5)
-  assert [sites.scheduled(config, STACK, step)["s"] for step in (0, 15, 20)] == [(16, 16), (13, 11), (9, 5)]
+  assert [schedules.scheduled(config, STACK, step)["s"] for step in (0, 15, 20)] == [(16, 16), (13, 11), (9, 5)]
+
+
+@pytest.mark.parametrize("where", [dict(layers=3), dict(place="output"), dict(place="output", layers=())])
+def test_scheduled_counts_of_one_spot(where):
+  site = dict(reducer="topk", keep=0.5, rate="scheduled", schedule=(10, 20)) | where  # 12 and CLS are half
+  assert [schedules.scheduled(dict(s=site), STACK, step)["s"] for step in (0, 15, 20)] == [
+    (17,),
+    (13,),
+    (9,),
+  ]  # 12 and CLS
+
+
+MOVING = sorted(name for name, cls in base.REGISTRY.items() if moving(cls) and "encoder" in cls.stacks)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_what_can_move_while_training_may_be_traced(name):
+  """Where an option decides in Python, what is traced cannot take its place."""
+  (option,), stack = moving(base.REGISTRY[name]), Stack(4, 17, 1)
+  spot = sites.parse(dict(s=dict(reducer=name, layers=(1,), keep=0.5)), stack).spots[0]
+  case = cases.make_cases(spot.module())["prefix"]
+  keeps = lambda value: {f"s.{option}": value}  # noqa: E731
+
+  def run(tokens, value):
+    step = reduce.Step(dataclasses.replace(spot, anneal=((option, 2.0, 1.0, 0, 9),)))
+    rngs = {"params": jax.random.key(0), "reduce": jax.random.key(1)}
+    return step.init_with_output(rngs, tokens, keeps(value), train=True, mode="mask")[0][0].x
+
+  assert jax.eval_shape(run, case.tokens, jnp.float32(2.0)).shape == case.tokens.x.shape
 
 
 def test_share_and_candidates():
@@ -250,4 +295,4 @@ def test_a_learned_rate_does_not_gather():
 
 def test_no_option_of_a_reducer_has_the_name_of_a_field_of_a_site():
   for name, cls in base.REGISTRY.items():
-    assert not {field.name for field in dataclasses.fields(cls)} & set(sites.FIELDS), name
+    assert not ({field.name for field in dataclasses.fields(cls)} - sites.PLACED) & set(sites.FIELDS), name

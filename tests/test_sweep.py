@@ -132,6 +132,18 @@ def test_learned_thresholds_become_counts(swept, tmp_path):
   assert last <= before < 17
 
 
+def test_rates_that_learn_to_the_end_cost_their_budget(swept, tmp_path):
+  c = config(methods=("diffrate_alone",), budgets=(0.8,), init=str(swept[0] / "dense"))
+  with c.unlocked():
+    c.bench.rounds = 0
+  made = sweep.recipe(c, "diffrate_alone", 0.8, 0, c.init)
+  assert made.rates.freeze_step == made.train.steps
+  (row,) = sweep.run(c, tmp_path)
+  assert 0.76 < row["share"] <= 0.8
+  (summary,) = (tmp_path / "runs").glob("*/summary.json")
+  assert " ".join(map(str, json.loads(summary.read_text())["counts"])) == row["counts"]  # it is these that were told
+
+
 def test_plan_trains_over_seeds_and_evaluates_once():
   c = config(seeds=(0, 1), budgets=(0.8, 0.9))
   assert sweep.plan(c, ["dense", "tome", "dense+tuned"]) == [

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokred import scores
+from tokred import tokens as tk
 from tokred.config import complete
 from tokred.nn import block, rope, vit
 
@@ -240,6 +242,73 @@ def test_an_update_is_what_the_attention_branch_adds(score):
   if score == "repr_shift":  # block 0 is never left out: block 1 meets the same tokens
     trained = apply(module, variables, x, mode="mask", train=True, rngs={"dropout": jax.random.key(0)})
     np.testing.assert_allclose(trained.aux["reduce/s/score"][0], want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("score", ["repr_shift_mlp", "transition_mlp"])
+@pytest.mark.parametrize("place", ["after", "output"])
+def test_an_update_is_what_the_mlp_branch_adds(score, place):
+  """With attention that adds nothing, block 1 moves a token by what its MLP adds; stochastic depth is left out."""
+  module = make({"s": dict(reducer="topk", score=score, layers=(1,), place=place, keep=17)}, drop_path=0.9)
+  variables, x = params(module), images(module)
+  variables["params"]["block_1"]["attn"]["proj"] = jax.tree.map(
+    jnp.zeros_like, variables["params"]["block_1"]["attn"]["proj"]
+  )
+  out = apply(module, variables, x, mode="mask")
+  before, after = (np.asarray(out.aux[f"tokens/{layer}"]) for layer in (0, 1))
+  want = np.linalg.norm(after - before, axis=-1) if score == "repr_shift_mlp" else scores.turn(before, after)
+  np.testing.assert_allclose(out.aux["reduce/s/score"][0], want, rtol=1e-4)
+  if score == "repr_shift_mlp":
+    trained = apply(module, variables, x, mode="mask", train=True, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_allclose(trained.aux["reduce/s/score"][0], want, rtol=1e-4)
+
+
+def test_an_update_of_those_that_go_round_the_mlp():
+  """The adapter's is theirs too, and the gate is part of it."""
+  sites = {"round": dict(reducer="dyt", layers=(1,), keep=9)}
+  sites["s"] = dict(reducer="topk", score="repr_shift_mlp", layers=(1,), place="after", keep=5)
+  module = make(sites)
+  variables, x = params(module), images(module)
+  variables["params"]["block_1"]["attn"]["proj"] = jax.tree.map(
+    jnp.zeros_like, variables["params"]["block_1"]["attn"]["proj"]
+  )
+  masked, gathered = (apply(module, variables, x, mode=mode) for mode in ("mask", "gather"))
+  score = np.asarray(gathered.aux["reduce/s/score"][0])
+  np.testing.assert_allclose(masked.aux["reduce/s/score"][0], score, rtol=1e-4)
+  where = np.asarray(gathered.aux["owner/1"])  # of those that are left, the step that they have made
+  before, after = np.asarray(gathered.aux["tokens/0"]), np.asarray(gathered.aux["tokens/1"])
+  for row in range(2):
+    for source in np.flatnonzero(where[row] >= 0):
+      step = after[row, where[row, source]] - before[row, source]
+      np.testing.assert_allclose(score[row, source], np.linalg.norm(step), rtol=1e-3)
+
+
+def test_an_update_that_is_not_there_yet():
+  with pytest.raises(ValueError, match=r"'repr_shift_mlp' and 'transition_mlp' read what the MLP adds.*place='after'"):
+    shapes_of(make({"s": dict(reducer="topk", score="repr_shift_mlp", layers=(1,), keep=5)}))
+
+
+def test_owners_inside_a_scope_count_the_sources_of_the_input():
+  """8 of 17 tokens go, 9 arrive at block 1, and 5 of these go through blocks 1 and 2.
+
+  Block 2 adds nothing: what it leaves is what those inside had behind block 1, and who went round has what it had.
+  """
+  sites = {"cut": dict(reducer="topk", layers=(0,), keep=9)}
+  sites["round"] = dict(reducer="topk", place="around", layers=(1,), until=2, keep=5, score="token_norm")
+  module = make(sites, depth=3)
+  variables, x = params(module), images(module)
+  last = variables["params"]["block_2"]
+  last["attn"]["proj"], last["mlp"]["fc2"] = jax.tree.map(jnp.zeros_like, (last["attn"]["proj"], last["mlp"]["fc2"]))
+  found = {}
+  for mode in ("mask", "gather"):
+    aux = apply(module, variables, x, mode=mode).aux
+    owners = [np.asarray(aux[f"owner/{layer}"]) for layer in range(3)]
+    assert [owner.shape for owner in owners] == [(2, 17)] * 3
+    assert [(owner >= 0).sum(1).tolist() for owner in owners] == [[9, 9], [5, 5], [9, 9]]
+    values = [np.asarray(tk.restore(aux[f"tokens/{layer}"], owners[layer])) for layer in range(3)]
+    inside = (owners[1] >= 0)[..., None]
+    np.testing.assert_allclose(values[2], np.where(inside, values[1], values[0]), atol=1e-5)
+    found[mode] = owners
+  np.testing.assert_array_equal(found["mask"], found["gather"])
 
 
 def test_an_update_behind_attention_of_merged_tokens():

@@ -9,6 +9,7 @@ from PIL import Image
 
 import tokred
 from tokred import viz
+from tokred.probe import features
 from tokred.viz import save_survivors, survivors
 
 MODEL = dict(
@@ -57,6 +58,16 @@ def test_a_panel_for_the_image_and_each_block_that_reduces(model, drawn, tmp_pat
     dropped = np.abs(pixels - grey).max(-1) > 1e-6
     assert dropped.reshape(2, 2, 3, 2).any((1, 3)).sum() == dropped.sum() / 4 == 1  # one whole patch
     assert len(axes[row, 1].patches) == 0 and len(axes[row, 2].patches) == 2  # a pair has two frames
+
+
+def test_tokens_that_go_round_blocks_are_back_behind_them(drawn, tmp_path):
+  skip = dict(reducer="topk", place="around", layers=(1,), until=2, keep=4)
+  model = make(prune=dict(reducer="topk", layers=(0,), keep=6), skip=skip)
+  save_survivors(model, IMAGES[:1], tmp_path / "survivors.png")
+  titles = [axis.get_title() for axis in drawn[0].axes]
+  assert titles == ["image: 7 tokens", "block 0: 6 tokens", "block 1: 4 tokens", "block 2: 6 tokens"]
+  frozen = features(model.inspect(IMAGES), model.params["norm"], 1)  # of every patch
+  assert all(value.shape == (2, 6, 16) and np.isfinite(value).all() for value in frozen.values())
 
 
 def test_a_model_without_sites_draws_the_images(drawn, tmp_path):

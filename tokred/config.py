@@ -90,7 +90,7 @@ def default() -> ConfigDict:
 
   config.rates = ConfigDict(
     dict(
-      freeze_step=0,  # from this step on learned rates are integers and training gathers; 0: never
+      freeze_step=0,  # behind so many steps, or all of them, learned rates are integers and training gathers; 0: never
       multiple_of=1,  # frozen counts are rounded to the nearest multiple
     )
   )
@@ -192,6 +192,7 @@ def default() -> ConfigDict:
       keep_ratio=0.0,  # squared distance of each selector's kept share from its keep rate
       budget=0.0,  # squared distance of the cost from `target`, both as shares of the dense cost
       global_ratio=0.0,  # squared distance of the kept share of all selectors together from their mean keep rate
+      min_ratio=0.0,  # what the kept share of each selector lacks of `min_share`, with which `global_ratio` is content
       ponder=0.0,  # layers that a token runs through, where tokens halt
       halting_prior=0.0,  # KL of when they halt from a Gaussian around `halting_depth`
       recalibration=0.0,  # squared distance of SiT's recovered tokens from the teacher's
@@ -202,6 +203,8 @@ def default() -> ConfigDict:
       temperature=1.0,  # of distill_logits
       target=0.5,  # budget: what the reduced model shall cost, in `target_unit`
       target_unit="fraction",  # of the dense multiply-adds; gflops, gmacs; tokens: mean of those that leave the blocks
+      dynamic=False,  # keep_ratio: images may differ, and the batch's mean share is held
+      min_share=0.1,
       halting_depth=2 / 3,  # share of the blocks: the authors' 8 of 12
       confidence=0.0,  # consistency: only for images whose label the model gives more than this probability
       less=-1,  # the less reduced pass: -1 without sites; r: each of their spots removes up to r tokens, drawn anew

@@ -36,7 +36,7 @@ class Spot:
   arriving: int  # tokens in, where the counts are static
   keep: int  # tokens out; the capacity of a threshold; all that arrive where the rate is learned
   share: float  # unprotected tokens that should be left, as a share of those at the input
-  protected: int
+  protected: int  # of those that arrive
   until: int = -1  # around: the block behind which those that went round are back
   granularity: int = 1
   initial: int = 0  # learned: tokens that it keeps before it has learned; 0: half of the unprotected
@@ -60,13 +60,22 @@ class Spot:
     return self.rate == "fixed" and self.keep >= self.arriving and not around and self.type.idles
 
   @property
+  def wanted(self) -> float:
+    """What a selector's "kept_share" is held at: a share of the input's unprotected tokens, or of those that arrive."""
+    if self.type.from_input:
+      return self.share
+    if isinstance(self.budget, float) and self.budget <= 1.0:
+      return self.budget
+    return (self.keep - self.protected) / max(self.arriving - self.protected, 1)
+
+  @property
   def candidates(self) -> tuple[int, ...]:
     """Counts of unprotected tokens that a learned rate chooses among."""
     return rates.candidates(self.arriving - self.protected, self.granularity)
 
   def module(self, **kwargs: Any) -> base.Reducer:
     """The reducer with its options."""
-    return self.type(**dict(self.options), **kwargs)
+    return self.type(**(dict(self.options) | kwargs))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Terms of the training loss: pure functions, each with its paper, and the dict that a training step adds up."""
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,10 +10,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from tokred import cost
+from tokred import cost, rates
 from tokred.layout import Spot, walk
 from tokred.nn.vit import Output, ViT
-from tokred.sites import SHARES
 from tokred.tokens import Array, Tokens, take
 
 
@@ -81,13 +82,15 @@ def distill_tokens(tokens: Tokens, teacher: Array, kl: bool = False) -> Array:
   return jnp.sum(distance * kept) / jnp.maximum(kept.sum(), 1.0)
 
 
-def keep_ratio(shares: Sequence[Array], targets: Sequence[float]) -> Array:
+def keep_ratio(shares: Sequence[Array], targets: Sequence[float], dynamic: bool = False) -> Array:
   """Mean over selectors and batch of (share kept - target)^2.  (Rao et al., 2021, DynamicViT, arXiv:2106.02034)
 
   Args:
     shares: one (B,) share of the input's tokens for each selector.
     targets: one number for each.
+    dynamic: of the batch's mean share, so that images may differ; theirs of the same name.
   """
+  shares = [share.mean() for share in shares] if dynamic else shares
   return sum(jnp.square(s - t).mean() for s, t in zip(shares, targets, strict=True)) / len(shares)
 
 
@@ -120,8 +123,19 @@ def global_ratio(shares: Sequence[Array], targets: Sequence[float]) -> Array:
   return jnp.square(jnp.stack(shares).mean() - sum(targets) / len(targets))
 
 
+def min_ratio(shares: Sequence[Array], least: float) -> Array:
+  """Sum over selectors of relu(least - share kept), mean over the batch: no layer goes without.  (DyT)
+
+  The authors sum over the images, too: their weight is ours over the batch size.
+  """
+  return sum(jax.nn.relu(least - share).mean() for share in shares)
+
+
 def halting_prior(halting: Sequence[Array], running: Sequence[Array], depth: float) -> Array:
-  """KL of the prior N(depth, 1) over blocks and the mean halting probabilities.  (A-ViT, arXiv:2112.07658)
+  """Distance of mean halting probabilities q from a prior around a depth: 1/L sum_l p_l log(p_l / q_l).
+
+  (Yin et al., 2022, A-ViT, arXiv:2112.07658)  q adds up to 1 and is clipped to [0.01, 0.99]; p is N(depth, 1), scaled
+  so that the blocks before the depth have 0.98.  All of p is more than 1, as in the authors' code.
 
   Args:
     halting: (B, N) of each block, of the last one too, although it halts whatever is left.
@@ -130,10 +144,11 @@ def halting_prior(halting: Sequence[Array], running: Sequence[Array], depth: flo
     depth: centre of the prior, counted from 0.
   """
   mean = jnp.stack([mean_of(h, runs > 0) for h, runs in zip(halting, running, strict=True)])
-  q = jnp.clip(mean / mean.sum(), 0.01, 0.99)
-  p = jnp.exp(-0.5 * jnp.square(jnp.arange(len(halting)) - depth))
-  p = jnp.clip(p / p.sum(), 0.01, 0.99)
-  return jnp.sum(p * (jnp.log(p) - jnp.log(q)))
+  log_q = jnp.log(jnp.clip(mean / mean.sum(), 0.01, 0.99))
+  before = max(1, math.ceil(depth - 1e-6))
+  log_p = -0.5 * jnp.square(jnp.arange(len(halting)) - depth)
+  log_p = log_p - jax.nn.logsumexp(log_p[:before]) + math.log(0.98)
+  return jnp.mean(jnp.exp(log_p) * (log_p - log_q))
 
 
 def router(logits: Sequence[Array], chosen: Sequence[Array], free: Sequence[Array]) -> Array:
@@ -230,7 +245,7 @@ def reachable(module: ViT, unit: str) -> tuple[float, float]:
 
     walk(module.sites.stack.depth, module.sites.at, module.sites.stack.num_tokens, leave)
     for spot in shared(module):
-      kept.setdefault(spot.site, {})[spot.index] = 1 / SHARES if lowest else 1.0
+      kept.setdefault(spot.site, {})[spot.index] = 1 / rates.SHARES if lowest else 1.0
     return float(spent(module, unit, kept))
 
   return at(True), at(False)
@@ -259,8 +274,13 @@ def terms(
   if config.distill_tokens_kl:
     out["distill_tokens_kl"] = distill_tokens(output.tokens, teacher.tokens.x, kl=True)
   if config.recalibration:
-    recovered, prefix = reported(module, output, "recovered"), module.shape.num_prefix_tokens
-    taught = [teacher.aux[f"tokens/{spot.layer}"][:, prefix:] for spot in recovered]
+    recovered, s = reported(module, output, "recovered"), module.shape
+    taught = [teacher.aux[f"tokens/{spot.layer % s.depth}"][:, s.num_prefix_tokens :] for spot in recovered]
+    for (spot, ours), theirs in zip(recovered.items(), taught, strict=True):
+      if ours.shape[1] != theirs.shape[1]:
+        raise ValueError(
+          f"sites.{spot.site}.patches={ours.shape[1]}, but the grid has {theirs.shape[1]}: set it to that or drop it"
+        )
     out["recalibration"] = recalibration(list(recovered.values()), taught)
   if config.consistency:
     sure = jnp.sum(jax.nn.softmax(output.logits) * (target > 0), -1) > config.confidence if config.confidence else None
@@ -275,10 +295,14 @@ def terms(
 def reports(config: ConfigDict, module: Any, output: Any) -> dict[str, Array]:
   """Those of the terms that read what reducers report and nothing else, of a ViT or of a VLM."""
   out, named = {}, lambda name: reported(module, output, name)
-  for name, ratio in (("keep_ratio", keep_ratio), ("global_ratio", global_ratio)):
+  each = functools.partial(keep_ratio, dynamic=config.dynamic)
+  for name, ratio in (("keep_ratio", each), ("global_ratio", global_ratio)):
     if config[name]:
-      shares = named("kept_share")
-      out[name] = ratio(list(shares.values()), [spot.share for spot in shares]) if shares else jnp.zeros(())
+      shares, moving = named("kept_share"), named("wanted_share")
+      targets = [moving.get(spot, spot.wanted) for spot in shares]
+      out[name] = ratio(list(shares.values()), targets) if shares else jnp.zeros(())
+  if config.min_ratio:
+    out["min_ratio"] = min_ratio(list(named("kept_share").values()), config.min_share)
   if config.budget:
     if config.target_unit == "fraction":
       out["budget"] = budget(macs(module, output), dense_macs(module), config.target)

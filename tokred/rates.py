@@ -18,6 +18,7 @@ from tokred.tokens import Array, Tokens, of_prompt, straight_through
 
 RATES = ("fixed", "scheduled", "learned", "threshold", "learned_threshold")
 LEARNED = ("learned", "learned_threshold")
+SHARES = 32  # that a learned rate of a language model chooses among
 
 
 def tome_schedule(r: int | float | Sequence[float], depth: int) -> list[int]:

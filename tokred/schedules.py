@@ -1,4 +1,4 @@
-"""Counts by layer that cost what was asked for, by arithmetic: what papers call a schedule.
+"""Counts by layer that cost what was asked for, by arithmetic, and what falls while training: schedules, in papers.
 
 `at_budget` spreads a budget by a rule, `at_target` scales counts that were learned.  Counts found on images are in
 `calibrate`.
@@ -16,8 +16,9 @@ from tokred.config import complete, nearest
 from tokred.layout import Spot, Stack, walk
 from tokred.model import Model, build
 from tokred.nn.vit import ViT
-from tokred.rates import LEARNED
+from tokred.rates import LEARNED, cosine_keep, geometric
 from tokred.reducers import base
+from tokred.sites import parse
 
 # Words for `layers` in a template: the blocks for a depth, and fallbacks for budgets that are out of their reach.
 LAYERS: dict[str, Callable[[int], list[tuple[int, ...]]]] = {
@@ -186,12 +187,13 @@ def _follow(module: ViT, spots: Sequence[Spot], choose: Callable[[Spot, int], in
 
 def _reachable(spot: Spot, wanted: int, n: int, stack: Stack) -> int:
   """The largest count up to `wanted` that some keep rate of the reducer gives from n tokens; else its smallest."""
-  reducer, protected, source = spot.module(), spot.protected, stack.num_tokens - spot.protected
+  reducer, protected, source = spot.module(), spot.protected, stack.num_tokens - stack.num_protected
   fewest = min(n, reducer.fewest(n, protected))
 
   def gives(count: int) -> bool:
     whole = source if reducer.from_input else n - protected
-    shares = ((count - protected + d) / max(whole, 1) for d in (0, 0.5, -0.5, -1))  # each rounds as it likes
+    shares = [(count - protected + d) / max(whole, 1) for d in (0, 0.5, -0.5, -1)]  # each rounds as it likes
+    shares += [count / n, (count - 0.5) / n]  # of all, the protected too
     return any(reducer.count(f, n, protected, source) == count for f in shares if 0 < f <= 1)
 
   for count in range(min(n, wanted), fewest, -1):
@@ -243,3 +245,30 @@ def topped_up(
       if reached(module, spots, trial) == trial and price < (dearer := share(module, spots, trial, unit)) <= budget:
         counts, price, grows = trial, dearer, True
   return counts
+
+
+def scheduled(sites: Mapping[str, Mapping[str, Any]], stack: Stack, step: int) -> dict[str, tuple[int, ...]]:
+  """Counts of the sites whose rate is "scheduled" at an optimiser step, by site and spot; an input of the model."""
+  moving = [name for name, site in sites.items() if site.get("rate") == "scheduled"]
+  idle = parse(dict(sites) | {name: dict(sites[name]) | {"keep": 1.0} for name in moving}, stack).spots
+  now = dict(sites)
+  for name in moving:
+    site, arriving = dict(sites[name]), [spot.arriving for spot in idle if spot.site == name]
+    keep = site["keep"] if isinstance(site["keep"], (tuple, list)) else (site["keep"],) * len(arriving)
+    falling = (_falling(*each, step, *site["schedule"]) for each in zip(keep, arriving, strict=True))
+    now[name] = site | {"keep": tuple(falling)}
+  spots = parse(now, stack).spots
+  return {name: tuple(spot.keep for spot in spots if spot.site == name) for name in moving}
+
+
+def _falling(keep: float | int, arriving: int, step: int, begin: int, end: int) -> float | int:
+  """A share falls from 1, a number from all that arrive where the site takes nothing yet."""
+  if isinstance(keep, float):
+    return cosine_keep(keep, step, begin, end)
+  return math.ceil(arriving * cosine_keep(keep / arriving, step, begin, end) - 1e-6)
+
+
+def annealed(spots: Sequence[Spot], step: int) -> dict[str, float]:
+  """Options that move at an optimiser step, by "<site>.<option>"; an input of the model, beside the counts."""
+  moving = {(spot.site, entry) for spot in spots for entry in spot.anneal}
+  return {f"{site}.{option}": geometric(step, *path) for site, (option, *path) in moving}

@@ -129,9 +129,29 @@ def turn(before: Array, after: Array, alive: Array | None = None) -> Array:
 
 
 def transition(tokens: Tokens) -> Array:
-  """`turn` of the attention branch, at place="attn".  TransPrune adds that of the MLP, which no site can see."""
+  """`turn` of the attention branch, at place="attn".  TransPrune adds that of the MLP."""
   x = jax.lax.stop_gradient(tokens.x)
   return turn(x - jax.lax.stop_gradient(tokens.feats["update"]), x, tokens.alive)
+
+
+def transition_mlp(tokens: Tokens) -> Array:
+  """`turn` of the MLP branch, behind the block."""
+  x = jax.lax.stop_gradient(tokens.x)
+  return turn(x - jax.lax.stop_gradient(mlp_update(tokens)), x, tokens.alive)
+
+
+def mlp_update(tokens: Tokens) -> Array:
+  """What the MLP of the block behind which the tokens are has added to them, (B, N, D).
+
+  Raises:
+    ValueError: they are not behind one.
+  """
+  if "mlp_update" not in tokens.feats:
+    raise ValueError(
+      "scores 'repr_shift_mlp' and 'transition_mlp' read what the MLP adds, which a ViT's block has for sites at "
+      "place='after', 'output', or the next block's 'before' and 'around'; set place to one of these, or another score"
+    )
+  return tokens.feats["mlp_update"]
 
 
 def transprune(tokens: Tokens) -> Array:
@@ -194,6 +214,11 @@ def repr_shift(tokens: Tokens) -> Array:
   return jnp.linalg.norm(tokens.feats["update"].astype(jnp.float32), axis=-1)
 
 
+def repr_shift_mlp(tokens: Tokens) -> Array:
+  """The same with the MLP branch for F, behind the block."""
+  return jnp.linalg.norm(mlp_update(tokens).astype(jnp.float32), axis=-1)
+
+
 PROBES = 4  # directions that seed `random`
 
 
@@ -241,9 +266,11 @@ SCORES: dict[str, tuple[Callable[[Tokens], Array], tuple[str, ...]]] = {  # name
   "random": (random, ()),
   "rater": (rater, ()),
   "repr_shift": (repr_shift, ("update",)),
+  "repr_shift_mlp": (repr_shift_mlp, ("mlp_update",)),
   "text_attention": (text_attention, ("key", "query")),
   "token_norm": (token_norm, ()),
   "transition": (transition, ("update",)),
+  "transition_mlp": (transition_mlp, ("mlp_update",)),
   "transprune": (transprune, ("last_attention",)),
   "value_norm": (value_norm, ("value",)),
   "visual_attention": (visual_attention, ("key", "query")),

@@ -1,4 +1,4 @@
-"""Where tokens are reduced: `config.sites`, validated and laid out by layer, and the module that carries it out.
+"""Where tokens are reduced: `config.sites`, validated and laid out by layer; `nn.reduce` carries it out.
 
 A site is a dict with these fields; all but `reducer` and `layers` may be left out:
 
@@ -33,123 +33,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-from flax import linen as nn
-
 from tokred import rates
 from tokred.config import nearest
 from tokred.layout import PLACES, Sites, Spot, Stack, walk
 from tokred.reducers import base
-from tokred.tokens import Array, Tokens
 
 FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold", "initial")
 FIELDS += ("proportional", "until", "softness", "anneal", "position", "of")
 POSITIONS = ("original", "reindex")
 WHOLES = ("arriving", "input")
-SHARES = 32  # that a learned rate of a language model chooses among
-PLACED = frozenset({"layer", "depth"})  # fields of a reducer that its site fills in
-
-
-def scheduled(sites: Mapping[str, Mapping[str, Any]], stack: Stack, step: int) -> dict[str, tuple[int, ...]]:
-  """Counts of the sites whose rate is "scheduled" at an optimiser step, by site and spot; an input of the model."""
-  moving = [name for name, site in sites.items() if site.get("rate") == "scheduled"]
-  idle = parse(dict(sites) | {name: dict(sites[name]) | {"keep": 1.0} for name in moving}, stack).spots
-  now = dict(sites)
-  for name in moving:
-    site = dict(sites[name])
-    keep = site["keep"] if isinstance(site["keep"], (tuple, list)) else (site["keep"],) * len(site["layers"])
-    arriving = [spot.arriving for spot in idle if spot.site == name]
-    falling = (_falling(*each, step, *site["schedule"]) for each in zip(keep, arriving, strict=True))
-    now[name] = site | {"keep": tuple(falling)}
-  spots = parse(now, stack).spots
-  return {name: tuple(spot.keep for spot in spots if spot.site == name) for name in moving}
-
-
-def _falling(keep: float | int, arriving: int, step: int, begin: int, end: int) -> float | int:
-  """A share falls from 1, a number from all that arrive where the site takes nothing yet."""
-  if isinstance(keep, float):
-    return rates.cosine_keep(keep, step, begin, end)
-  return math.ceil(arriving * rates.cosine_keep(keep / arriving, step, begin, end) - 1e-6)
-
-
-def annealed(spots: Sequence[Spot], step: int) -> dict[str, float]:
-  """Options that move at an optimiser step, by "<site>.<option>"; an input of the model, beside the counts."""
-  moving = {(spot.site, entry) for spot in spots for entry in spot.anneal}
-  return {f"{site}.{option}": rates.geometric(step, *path) for site, (option, *path) in moving}
-
-
-class Step(nn.Module):
-  """One spot: asks the rate how many, and the reducer who."""
-
-  spot: Spot
-
-  @nn.compact
-  def __call__(
-    self, tokens: Tokens, keeps: Mapping[str, Array] | None, *, train: bool, mode: str
-  ) -> tuple[Tokens, dict[str, Array]]:
-    spot = self.spot
-    if spot.type.training_only and not (train or self.is_initializing()):
-      return tokens, {"count": jnp.asarray(tokens.x.shape[1], jnp.float32)}
-    keeps = {} if keeps is None else keeps
-    options = {option: keeps[key] for option, *_ in spot.anneal if (key := f"{spot.site}.{option}") in keeps}
-    reducer = spot.module(**options, name=spot.reducer)
-    keep = spot.keep
-    if spot.site in keeps:
-      keep = keeps[spot.site][spot.index]
-    if spot.rate == "learned":
-      if mode == "gather":
-        raise ValueError(
-          f"sites.{spot.site}.rate='learned' has no integer counts yet: call tokred.freeze(model), or use mode='mask'"
-        )
-      if isinstance(keep, rates.Shares):
-        count, survival, share = rates.LearnedShare(SHARES, name="rate")(keep, tokens.x.shape[1])
-        rows = rates.Rows(count, tokens.x.shape[1])
-        tokens, report = reducer(tokens, rows, train=train, mode=mode, survival=survival if train else None)
-        return tokens, report | {"count": count.astype(jnp.float32).mean(), "share": share}
-      n = tokens.x.shape[1]
-      initial = max(spot.initial - spot.protected, 0)
-      count, survival = rates.Learned(spot.candidates, spot.protected, initial, name="rate")(n)
-      fewest = jnp.asarray([reducer.fewest(arriving, spot.protected) for arriving in range(n + 1)], jnp.float32)
-      count = jnp.maximum(count, fewest[tokens.alive.sum(1).max()])  # what is asked below that does not happen
-      tokens, report = reducer(
-        tokens, count.astype(jnp.int32), train=train, mode=mode, survival=survival if train else None
-      )
-      return tokens, report | {"count": count}
-    if spot.rate == "threshold" and not isinstance(keep, rates.Threshold):
-      keep = rates.Threshold(spot.threshold, spot.keep)
-    if spot.rate == "learned_threshold":
-      keep = rates.LearnedThreshold(spot.threshold, spot.softness, spot.keep, name="rate")
-    if mode == "gather" and spot.idle and spot.site not in keeps and not self.is_initializing():
-      return tokens, {"count": jnp.asarray(keep, jnp.float32)}  # nothing is ranked, matched or moved
-    tokens, report = reducer(tokens, keep, train=train, mode=mode)
-    if "count" in report:
-      return tokens, report
-    if isinstance(keep, rates.Rows):
-      return tokens, report | {"count": keep.count.astype(jnp.float32).mean()}
-    static = spot.rate != "threshold" and "kept_share" not in report and not spot.type.ragged
-    count = jnp.asarray(keep, jnp.float32) if static else tokens.mask.astype(jnp.float32).sum(1).mean() / tokens.images
-    return tokens, report | {"count": count}
-
-
-class Reduce(nn.Module):
-  """The spots of one block; their parameters live under `reduce/`."""
-
-  spots: tuple[Spot, ...]
-
-  @nn.compact
-  def __call__(
-    self, tokens: Tokens, place: str, keeps: Mapping[str, Array] | None, *, train: bool, mode: str
-  ) -> tuple[Tokens, dict[str, dict[int, Array]]]:
-    """Runs the spots of a place; what they report is under "reduce/<site>/<name>", by the spot's index."""
-    reports = {}
-    for spot in self.spots:
-      if spot.place == place:
-        tokens, report = Step(spot, name=spot.child)(tokens, keeps, train=train, mode=mode)
-        for name, value in report.items():
-          if name == "plan" and place != "ahead":
-            continue
-          reports.setdefault(f"reduce/{spot.site}/{name}", {})[spot.index] = value
-    return tokens, reports
+PLACED = frozenset({"layer", "depth", "place", "prefix"})  # fields of a reducer that its site fills in
 
 
 def parse(sites: Mapping[str, Mapping[str, Any]], stack: Stack) -> Sites:
@@ -169,19 +62,19 @@ def parse(sites: Mapping[str, Mapping[str, Any]], stack: Stack) -> Sites:
       )
   last, order = stack.depth, PLACES.index
   drafts.sort(key=lambda d: (last if d["place"] == "output" else d["layer"], order(d["place"]), d["slot"]))
-  left, spots, index = 1.0, [], {}
+  left, protected, spots, index = 1.0, stack.num_protected, [], {}
 
   def at(layer: int, *places: str) -> list[dict[str, Any]]:
     return [draft for draft in drafts if draft["layer"] == layer and draft["place"] in places]
 
   def leave(here: Sequence[dict[str, Any]], n: int) -> int:
-    nonlocal left
+    nonlocal left, protected
     before = left
     for draft in here:
-      spot, left = _count(draft, n, left, stack, index.setdefault(draft["site"], 0))
+      spot, left = _count(draft, n, protected, left, stack, index.setdefault(draft["site"], 0))
       index[draft["site"]] += 1
       spots.append(spot)
-      n = spot.keep
+      n, protected = spot.keep, _protected_behind(spot.module(), protected, stack)
     if here[0]["place"] in ("around", "mlp"):  # who goes round is back
       left = before
     return n
@@ -192,8 +85,13 @@ def parse(sites: Mapping[str, Mapping[str, Any]], stack: Stack) -> Sites:
   return sites
 
 
+def _protected_behind(reducer: base.Reducer, protected: int, stack: Stack) -> int:
+  """Protected tokens that leave, of so many that arrive: what recovers brings back the input's, or adds some."""
+  return reducer.recovered(protected, stack.num_protected) if reducer.recovers else protected
+
+
 def _check_scopes(sites: Sites) -> None:
-  """Scopes do not nest, their features end with them, and nothing acts on images that share a row."""
+  """Scopes do not nest, their features end with them, as do new tokens, and nothing acts on images that share a row."""
   for scope in sites.spots:
     if scope.place != "around":
       continue
@@ -206,6 +104,11 @@ def _check_scopes(sites: Sites) -> None:
         raise ValueError(
           f"sites.{spot.site} acts in layer {spot.layer} at place={spot.place!r}, inside {where}, in which images "
           f"share rows; valid: other layers, or place='before' in layer {scope.layer}"
+        )
+      if inside and _protected_behind(spot.module(), spot.protected, sites.stack) > spot.protected:
+        raise ValueError(
+          f"sites.{spot.site} adds tokens in layer {spot.layer} at place={spot.place!r}, inside {where}, behind which "
+          f"they would be gone; valid: other layers, or place='before' in layer {scope.until + 1}"
         )
     last = sites.at(-1, "output") if scope.until == sites.stack.depth - 1 else ()
     for spot in (*sites.at(scope.until + 1, "before", "around"), *last):
@@ -251,6 +154,8 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
       raise ValueError(f"{field}.layers has {layer!r}, but the {stack.name} has layers 0 to {stack.depth - 1}")
   if len(set(layers)) != len(layers):
     raise ValueError(f"{field}.layers={layers} names a layer twice")
+  if len(layers) < stack.depth and any(cls.everywhere for cls in classes):
+    raise ValueError(f"{field}.layers={layers}, but {names} acts in every block; valid: range({stack.depth})")
   rate = site.get("rate", "fixed")
   if rate not in rates.RATES:
     raise ValueError(f"{field}.rate={rate!r} is not a rate; {nearest(rate, rates.RATES)}")
@@ -262,8 +167,10 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(f"{field} needs exactly one of keep (share or number of tokens) and r (tokens removed)")
   if rate == "threshold" and "threshold" not in site:
     raise ValueError(f"{field}.threshold is missing: the smallest score that stays")
-  if rate == "scheduled" and not (len(site.get("schedule", ())) == 2 and len(names) == 1 and "keep" in site):
+  if rate == "scheduled" and not ("schedule" in site and len(names) == 1 and "keep" in site):
     raise ValueError(f"{field}.rate='scheduled' needs one reducer, keep, and schedule=(first step, last step)")
+  if rate == "scheduled" and not _span(site["schedule"]):
+    raise ValueError(f"{field}.schedule={site['schedule']!r} must be two numbers, (first step, last step), ascending")
   plans = all(issubclass(cls, base.Planner) for cls in classes)
   if not plans and (rate in rates.LEARNED or rate == "threshold"):
     raise ValueError(f"{field}.rate={rate!r} needs reducers that write plans; {names} do not")
@@ -313,7 +220,8 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
       child = name if len(names) == 1 else f"{name}_{slot}_{reducer}"
       keep, removed = _values(field, site, slot, len(names), where, len(layers))
       proportional = site.get("proportional", any(cls.proportional for cls in classes))
-      placed = {"layer": stack.depth if layer < 0 else layer, "depth": stack.depth}
+      behind = stack.depth if layer < 0 else layer
+      placed = dict(layer=behind, depth=stack.depth, place=place, prefix=stack.num_protected)
       given = tuple((k, v) for k, v in placed.items() if k in PLACED & _fields(cls))
       draft = dict(common, slot=slot, layer=layer, reducer=reducer, child=child, options=options[slot] + given)
       draft["threshold"] = float(thresholds[where * len(names) + slot])
@@ -359,18 +267,31 @@ def _options(field: str, site: dict, names: tuple[str, ...], classes: list[type]
   return options
 
 
+def _span(steps: Any) -> bool:
+  """Whether these are a first and a last step."""
+  return isinstance(steps, (tuple, list)) and len(steps) == 2 and all(map(_number, steps)) and steps[0] <= steps[1]
+
+
+def _number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _anneal(field: str, site: dict, names: tuple[str, ...], classes: list[type]) -> tuple[tuple[Any, ...], ...]:
   """Options that move while training, validated."""
-  entries = tuple(tuple(entry) for entry in site.get("anneal", ()))
-  options = {f.name for cls in classes for f in dataclasses.fields(cls) if type(f.default) is float}
-  for entry in entries:
-    if not (len(entry) == 5 and all(isinstance(v, (int, float)) for v in entry[1:]) and min(entry[1:3]) > 0):
-      raise ValueError(f"{field}.anneal={entries} must hold (option, from, to, first step, last step), values above 0")
+  given, options = site.get("anneal", ()), {option for cls in classes for option in _fields(cls) & {*cls.annealable}}
+  for entry in given if isinstance(given, (tuple, list)) else (given,):
+    numbers = isinstance(entry, (tuple, list)) and len(entry) == 5 and all(map(_number, entry[1:]))
+    if not (numbers and min(entry[1:3]) > 0 and _span(entry[3:])):
+      raise ValueError(
+        f"{field}.anneal={given!r} must hold (option, from, to, first step, last step), values above 0 and steps "
+        "ascending"
+      )
     if len(names) > 1 or entry[0] not in options:
       raise ValueError(
-        f"{field}.anneal: {entry[0]!r} is no number among the options of {names}; valid: {sorted(options)}"
+        f"{field}.anneal: {entry[0]!r} is no option of {names} that can move while training; "
+        f"valid: {', '.join(sorted(options)) if options and len(names) == 1 else 'none'}"
       )
-  return entries
+  return tuple(map(tuple, given))
 
 
 def _initial(field: str, site: dict, rate: str, stack: Stack, initial: Any) -> int:
@@ -409,23 +330,25 @@ def _values(
   return keep, None
 
 
-def _count(draft: dict[str, Any], arriving: int, left: float, stack: Stack, index: int) -> tuple[Spot, float]:
+def _count(
+  draft: dict[str, Any], arriving: int, protected: int, left: float, stack: Stack, index: int
+) -> tuple[Spot, float]:
   """Fixes the static count of one spot; `left` is the share of patches that should be left before it."""
   draft = dict(draft)
   keep, removed, field = draft.pop("keep"), draft.pop("r"), f"sites.{draft['site']}"
   draft.pop("slot")
   reducer = base.REGISTRY[draft["reducer"]](**dict(draft["options"]))
-  protected, source = stack.num_protected, stack.num_tokens - stack.num_protected
+  source = stack.num_tokens - stack.num_protected
   fewest = reducer.fewest(arriving, protected)
   if reducer.recovers:
     count = reducer.recovered(arriving, stack.num_tokens)
-    left = 1.0 if count == stack.num_tokens else left
+    left = 1.0 if count - _protected_behind(reducer, protected, stack) == source else left
   elif draft["rate"] == "learned":
     count = arriving
   elif removed is not None:
     if not (isinstance(removed, int) and removed >= 0):
       raise ValueError(f"{field}.r={removed!r} must be a number of tokens, 0 or more")
-    count = max(arriving - removed, fewest)  # ToMe's r is clipped to what its bipartite split can give
+    count = reducer.left(removed, arriving, protected)  # r is clipped to what the method can take
   elif isinstance(keep, bool) or not isinstance(keep, (int, float)):
     raise ValueError(f"{field}.keep={keep!r} must be a share (float up to 1.0) or a number of tokens (int)")
   elif isinstance(keep, float) and keep <= 1.0:

@@ -26,6 +26,26 @@ def test_a_selector_that_keeps_all_or_none():
   assert collapsed(sites, {"counts/tokens/1": 9.3}) == collapsed(sites, {"loss": 0.1}) == {}
 
 
+def test_counts_that_are_set_are_no_collapse():
+  """A-ViT's tokens halt when they will, and of 3 among 196 patches 3 are left."""
+  halts = module(reducer="avit", layers=(0, 1, 2)).sites
+  assert collapsed(halts, {f"counts/tokens/{layer}": 1.1 for layer in range(3)}) == {}
+  c = config(dict(tokens=dict(reducer="topk", layers=(1,), keep=4)))
+  with c.unlocked():
+    c.model.image_size = (14, 14)
+  sites = tokred.build(c).module.sites
+  assert sites.stack.num_tokens == 197 and collapsed(sites, {"counts/tokens/1": 4.0}) == {}
+  with c.unlocked():
+    c.sites.tokens.update(dict(reducer="gumbel", place="before"))
+  sites = tokred.build(c).module.sites  # 3 of 196 are 1.53 %: that few are wanted, but not half as many
+  assert collapsed(sites, {"counts/tokens/1": 4.0}) == collapsed(sites, {"counts/tokens/1": 2.6}) == {}
+  (text,) = collapsed(sites, {"counts/tokens/1": 2.4}).values()
+  assert text.startswith("tokens/1 keeps none of its tokens, where 4 of 197 are wanted")
+  (text,) = collapsed(module(reducer="topk", layers=(1,), keep=9, rate="threshold", threshold=1.0).sites, {
+    "counts/tokens/1": 1.2}).values()  # fmt: skip
+  assert "keeps none" in text
+
+
 def test_a_selector_that_shall_keep_nearly_all_may():
   sites = module(reducer="gumbel", layers=(1,), keep=0.99).sites
   assert collapsed(sites, {"counts/tokens/1": 17.0}) == {}
@@ -93,6 +113,17 @@ def test_rates_at_their_bounds():
   (text,) = collapsed(sites, {"counts/tokens/1": 17.0, "counts/tokens/2": 17.0}).values()
   assert "all 17 tokens pass everywhere; try a larger config.loss.budget" in text
   assert collapsed(sites, {"counts/tokens/1": 17.0, "counts/tokens/2": 12.0}) == {}
+
+
+def test_rates_at_the_bounds_of_their_reducers():
+  """ToMe leaves 9 of 17 and 5 of 9, half of the patches and CLS, however few its rate asks for."""
+  sites = module(reducer="tome", layers=(0, 1, 2), rate="learned").sites
+  at = lambda *counts: {f"counts/tokens/{layer}": count for layer, count in enumerate(counts)}  # noqa: E731
+  first, second = collapsed(sites, at(9.0, 5.0, 3.0)).values()  # the last block may
+  assert "the rate of tokens/0 is at the lower bound of 'tome', 9 of 17 tokens: config.loss.budget cannot" in first
+  assert "the rate of tokens/1 is at the lower bound of 'tome', 5 of 9 tokens" in second
+  assert collapsed(sites, at(10.0, 7.0, 4.0)) == collapsed(sites, at(10.0, 12.0, 12.0)) == {}
+  assert list(collapsed(sites, at(12.0, 7.0, 7.0))) == ["rate/tokens/1"]  # 7 of 12, where 9 of 17 would be the bound
 
 
 def test_learned_thresholds_at_their_bounds():

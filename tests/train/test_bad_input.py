@@ -78,6 +78,7 @@ MISTAKES = {
     site() | {"loss": {"keep_ratio": 1.0}},
     ["config.loss.keep_ratio=1.0", "with config.train.mode='mask' no site has a reducer that dr"],
   ),
+  "least share": (site() | {"loss": {"min_ratio": 1.0}}, ["config.loss.min_ratio=1.0", "reducer that draws who stays"]),
   "keep ratio of nobody": (
     site(reducer="gumbel", place="before") | {"loss": {"keep_ratio": 1.0}, "train": {"mode": "gather"}},
     ["config.loss.keep_ratio=1.0", "with config.train.mode='gather' no site has a reducer that draws"],

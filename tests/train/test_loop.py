@@ -141,6 +141,26 @@ def test_rates_that_learn_to_the_end_are_told(tmp_path, capsys):
   assert f"sites.rates.keep={keep}" in told
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_rates_that_freeze_at_the_last_step_meet_the_target(tmp_path, capsys, alone):
+  """What is told, evaluated, saved and loaded are counts that meet the target, as nearly as integers can."""
+  c = micro.config(dict(rates=micro.PAIR), loss=dict(budget=20.0, target=0.85), rates=dict(freeze_step=micro.STEPS))
+  if alone:
+    with c.unlocked():
+      c.optim.freeze = (r"^(?!.*/rate/).*",)  # as configs/methods.py has diffrate_alone: nothing is left to learn
+  summary = train(c, tmp_path)
+  told = capsys.readouterr().err
+  assert "are scaled to the target of 0.85 fraction" in told
+  assert told.count(f"rates are frozen: tokens leaving each block {tuple(summary['counts'])}") == 1
+  model, dense = loading.load(tmp_path), build(micro.config())
+  assert list(model.counts) == summary["counts"] and model.mode == "gather"
+  (prune,), (merge,) = model.config.sites.rates.keep
+  more = dict(model.config.sites.rates.to_dict(), keep=((prune + 1,), (merge + 1,)))
+  assert model.macs <= 0.85 * dense.macs < build(model.config.to_dict() | {"sites": dict(rates=more)}).macs
+  assert len(micro.metrics(tmp_path, "train/budget")) == micro.STEPS
+  assert train(c, tmp_path) | {"seconds": 0} == summary | {"seconds": 0}  # finished: evaluated again
+
+
 def test_the_average_is_what_is_evaluated_and_loaded(run):
   workdir, summary = run("learned")
   state, model = micro.state(workdir), loading.load(workdir)

@@ -13,8 +13,9 @@ from flax import struct
 from tokred import tokens as tk
 from tokred.layout import PLACES, Sites
 from tokred.nn import attention
+from tokred.nn.reduce import Reduce
 from tokred.nn.rope import rope2d, turn
-from tokred.sites import Reduce
+from tokred.reducers.base import PeakPlan, peaks
 from tokred.tokens import Array, Tokens
 
 
@@ -144,11 +145,7 @@ class Block(nn.Module):
       tokens, scope = self._enter(tokens, "around", aux, run)
     tokens = self._attend(tokens, aux, run, keeps, mode, train)
     tokens = run(tokens, "attn", aux)
-    if self.sites.at(layer, "mlp"):
-      inner, around = self._enter(tokens, "mlp", aux, run)
-      tokens = around.leave(inner.replace(x=inner.x + self._mlp(inner.x, train)))
-    else:
-      tokens = tokens.replace(x=tokens.x + self._mlp(tokens.x, train))
+    tokens = self._feed(tokens, aux, run, train)
     tokens = run(tokens, "after", aux)
     if self.sites.closes(layer):
       tokens, scope = scope.leave(tokens), None
@@ -178,7 +175,7 @@ class Block(nn.Module):
     else:
       inner, around = self._enter(tokens.replace(feats=feats), "ahead", aux, run)
       merged = inner.replace(owner=tk.follow(tokens.owner, inner.owner))
-      if plans := aux.pop(f"reduce/{ahead[0].site}/plan", {}):  # the rows of the map that is there are averaged alike
+      if plans := aux.pop(f"reduce/{ahead[0].site}/plan", {}):  # the rows of the map that is there are pooled alike
         (plan,) = plans.values()
         update = self._ahead(attend, norm, inner, around.outer, (q, k, size, mask), plan, mode)
         feats = inner.feats | ({"update": update} if "update" in needs else {})
@@ -219,17 +216,41 @@ class Block(nn.Module):
   ) -> Array:
     """What attention of the unmerged tokens adds to the merged ones, (B, N, D); `seen` is q, k, size and mask."""
     q, k, size, mask = seen
-    v = tk.take(attend.values(norm(inner.x)).swapaxes(1, 2), jnp.maximum(inner.owner, 0)).swapaxes(1, 2)
-    heads = attend.mix(q, k, v, size, mask)
-    rows = outer.replace(x=heads.reshape(outer.x.shape), feats={})
-    rows = tk.compact(rows, plan, inner.x.shape[1]) if mode == "gather" else tk.fold(rows, plan)
-    return self._scale(attend.out(rows.x.reshape(*rows.x.shape[:2], *heads.shape[2:])), "1")
+    v, count = attend.values(norm(inner.x)), inner.x.shape[1]
 
-  def _mlp(self, x: Array, train: bool) -> Array:
+    def pool(heads: Array) -> Array:
+      rows = outer.replace(x=heads.reshape(*heads.shape[:2], -1), feats={})
+      rows = peaks(rows, plan) if isinstance(plan, PeakPlan) else rows
+      rows = tk.compact(rows, plan, count) if mode == "gather" else tk.fold(rows, plan)
+      return rows.x.reshape(*rows.x.shape[:2], *heads.shape[2:])
+
+    # A dead token is nobody's, but what it would have said teaches its gate.
+    index = jnp.where(inner.owner >= 0, inner.owner, jnp.minimum(tk.inverse(plan.order), count - 1))
+    if isinstance(plan, PeakPlan):  # the largest of A C is not that of A C v
+      ones = jax.nn.one_hot(index, count, dtype=v.dtype)[:, None]
+      kinds = dict(size=size, mask=mask, impl="matmul", gate_cap=self.config.gate_cap)
+      columns = attention.attend(q, k, ones, **kinds).swapaxes(1, 2)
+      heads = jnp.einsum("bmhk,bhkd->bmhd", pool(columns), v)
+    else:
+      heads = pool(attend.mix(q, k, tk.take(v.swapaxes(1, 2), index).swapaxes(1, 2), size, mask))
+    return self._scale(attend.out(heads), "1")
+
+  def _feed(self, tokens: Tokens, aux: dict[str, Any], run: Any, train: bool) -> Tokens:
+    """x + MLP(LN x) of those that do not go round it, with what it adds as a feature for the reducers behind it."""
+    inner, around = self._enter(tokens, "mlp", aux, run) if self.sites.at(self.layer, "mlp") else (tokens, None)
+    update = self._mlp(inner.x)
+    out = inner.replace(x=inner.x + self._drop(update, "2", train))
+    if around is not None:
+      still = around.replace(outer=tokens.replace(x=jnp.zeros_like(tokens.x)))
+      out, update = around.leave(out), still.leave(inner.replace(x=update)).x
+    wanted = "mlp_update" in self.sites.needs(self.layer)
+    return out.replace(feats=out.feats | {"mlp_update": update}) if wanted else out
+
+  def _mlp(self, x: Array) -> Array:
     dtype = jnp.dtype(self.config.dtype)
     norm = nn.LayerNorm(epsilon=self.config.norm_eps, dtype=dtype, name="norm2")
     mlp = Mlp(self.shape.mlp_dim, dtype, self.config.activation, self.shape.gated, name="mlp")
-    return self._drop(self._scale(mlp(norm(x)), "2"), "2", train)
+    return self._scale(mlp(norm(x)), "2")
 
   def _scale(self, update: Array, name: str) -> Array:
     """LayerScale: what the branch adds, which is what a reducer reads of it."""
@@ -239,9 +260,12 @@ class Block(nn.Module):
     return update * self.param(f"layer_scale{name}", init, (update.shape[-1],), jnp.float32).astype(update.dtype)
 
   def _drop(self, update: Array, name: str, train: bool) -> Array:
-    """Stochastic depth (a whole sample's branch at a time)."""
+    """Stochastic depth (a whole sample's branch at a time), also where nothing else trains but a stream "depth" is."""
     rate = self.config.drop_path * self.layer / max(self.shape.depth - 1, 1)
-    return nn.Dropout(rate, broadcast_dims=(1, 2), name=f"drop_path{name}")(update, deterministic=not train)
+    stream = "dropout" if train else "depth"
+    return nn.Dropout(rate, broadcast_dims=(1, 2), name=f"drop_path{name}", rng_collection=stream)(
+      update, deterministic=not train and not self.has_rng("depth")
+    )
 
 
 def _run(reduce: Any, tokens: Tokens, place: str, aux: dict[str, Any]) -> Tokens:

@@ -17,9 +17,9 @@ from tokred.nn.block import ACTIVATIONS
 from tokred.nn.cache import Cache
 from tokred.nn.decoder_scope import INDEX, ROUTE, Scope, SharedRouter, enter, gated, one_more
 from tokred.nn.received import FEATURES
+from tokred.nn.reduce import Reduce
 from tokred.nn.rope import Rope, rotate
 from tokred.nn.unmerge import Places
-from tokred.sites import Reduce
 from tokred.tokens import Array, Tokens, of_prompt
 
 SEGMENT = "state/segment"  # which of the texts that share a row

@@ -24,10 +24,11 @@ from tokred.config import nearest
 from tokred.layout import Sites, Stack
 from tokred.nn import attention
 from tokred.nn.block import ACTIVATIONS, Attention, Mlp
+from tokred.nn.reduce import Reduce
 from tokred.nn.rope import rotate
 from tokred.rates import Rows
 from tokred.reducers.base import Planner
-from tokred.sites import Reduce, parse
+from tokred.sites import parse
 from tokred.tokens import Array, Tokens
 
 LONGEST = 16384  # tokens of a frame, as the published processors allow

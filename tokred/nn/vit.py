@@ -17,8 +17,9 @@ from tokred.config import nearest
 from tokred.layout import Sites, Spot, Stack
 from tokred.nn import attention
 from tokred.nn.block import ACTIVATIONS, Block, Mlp
+from tokred.nn.reduce import Reduce
 from tokred.scores import MEMORY
-from tokred.sites import Reduce, parse
+from tokred.sites import parse
 from tokred.tokens import Array, Tokens
 
 VARIANTS = {  # width, depth, mlp_dim, num_heads
@@ -49,8 +50,8 @@ class Output:
   counts: Any  # tokens leaving each block: ints in gather mode, else means over the batch, float32
   tokens: Tokens  # after the final norm
   features: Array  # (B, D) float32, what the head reads; (B, 2 D) where pool="cls_avg"
-  aux: dict[str, Any]  # "reduce/<site>/<name>": what its spots report, by their index; "owner/<layer>": (B, S) int32;
-  # "tokens/<layer>": (B, N, D) as they leave the block
+  aux: dict[str, Any]  # "reduce/<site>/<name>": what its spots report, by their index; "owner/<layer>": (B, S) int32,
+  # -1 while a token goes round the block; "tokens/<layer>": (B, N, D) as they leave the block
 
 
 class Shape(struct.PyTreeNode):
@@ -225,7 +226,8 @@ class ViT(nn.Module):
 
     Args:
       images: (B, height, width, channels) float32, normalised.
-      train: stochastic depth and sampled decisions; randomness from the streams "dropout" and "reduce".
+      train: stochastic depth and sampled decisions; randomness from the streams "dropout" and "reduce".  A stream
+        "depth" asks for stochastic depth alone.
       mode: "mask" (full length, counts may be traced) or "gather" (counts are Python ints).
       keeps: counts that replace those of a site, {site: (spots,) int}; traced only in mask mode.
     """
@@ -241,7 +243,8 @@ class ViT(nn.Module):
       block = layer_type(c, s, self.sites, layer, name=f"block_{layer}")
       tokens, scope, report = block(tokens, scope, keeps, train, mode)
       aux = _extend(aux, report)
-      aux |= {f"owner/{layer}": tokens.owner, f"tokens/{layer}": tokens.x}
+      owner = tokens.owner if scope is None else tk.follow(scope.outer.owner, tokens.owner)
+      aux |= {f"owner/{layer}": owner, f"tokens/{layer}": tokens.x}
       counts.append(
         tokens.x.shape[1] // tokens.images if mode == "gather" else tokens.mask.astype(jnp.float32).sum(1).mean()
       )

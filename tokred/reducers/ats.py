@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from tokred.reducers.base import Planner, num_kept, register
+from tokred.reducers.base import Planner, register
 from tokred.tokens import Array, Plan, Tokens, compact, fold, inverse, rank, take
 
 
@@ -26,7 +26,7 @@ def significance(attention: Array, value: Array, free: Array) -> Array:
   return mass / jnp.maximum(mass.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
-def sample(score: Array, free: Array, levels: Array) -> tuple[Array, Array]:
+def sample(score: Array, free: Array, levels: Array, most: int) -> tuple[Array, Array]:
   """Inverse transform sampling, which at even levels is no sampling at all.
 
   The CDF of the scores in ascending order, moved to [0, 1], is read backwards at `levels` even steps from its second
@@ -35,7 +35,8 @@ def sample(score: Array, free: Array, levels: Array) -> tuple[Array, Array]:
   Args:
     score: (B, N) float32.
     free: (B, N) bool.
-    levels: (B, 1) int32.
+    levels: (B, 1) int32, also where fewer are free.
+    most: of `levels`, known beforehand.
 
   Returns:
     Who is picked, (B, N) bool, and the ascending rank of each score among the free, (B, N) int32.
@@ -50,20 +51,26 @@ def sample(score: Array, free: Array, levels: Array) -> tuple[Array, Array]:
   cdf = (cdf - cdf[:, :1]) / jnp.where(span > 0, span, 1.0)
   low = jnp.where(there & (cdf > 0), cdf, jnp.inf).min(1, keepdims=True)
   low = jnp.where(jnp.isfinite(low), low, 0.0)
-  level = low + index / jnp.maximum(levels - 1, 1) * (1.0 - low)  # (B, levels at most N)
+  step = jnp.arange(most)
+  level = low + step / jnp.maximum(levels - 1, 1) * (1.0 - low)  # (B, most)
   gap = jnp.where(there[:, None], jnp.abs(level[..., None] - cdf[:, None]), jnp.inf)
-  nearest = jnp.where(index < levels, jnp.argmin(gap, axis=-1), -1)
+  nearest = jnp.where(step < levels, jnp.argmin(gap, axis=-1), -1)
   picked = (nearest[..., None] == index).any(1) & there
   return take(picked, place), place
 
 
 @register("ats")
 class ATS(Planner):
-  """Keeps the protected and, of the others, those picked by `sample` at keep - protected levels.
+  """Keeps the protected and, of the others, those picked by `sample` at so many levels.
 
   Tokens of high significance are picked several times and kept once: `keep` is a capacity, and counts differ between
-  images.  The authors multiply only the kept rows of the attention map with the values; rows being independent, that
-  is pruning after attention.  Survivors stand in ascending significance, as theirs.
+  images.  There are keep - protected levels, however few tokens are alive: the finer they are, the more are picked.
+  The authors sample at levels of the input's 196 patches in every block, for which say levels=196, or keep=1.0 in all;
+  where more are picked than there is room for, the most significant of them stay.  `keep` is 8 at least, as theirs.
+  Behind learned rates name `levels`, for freezing lowers `keep`.
+
+  The authors multiply only the kept rows of the attention map with the values; rows being independent, that is pruning
+  after attention.  Survivors stand in ascending significance, as theirs.
   """
 
   needs: ClassVar[tuple[str, ...]] = ("cls_attention", "value")
@@ -73,8 +80,18 @@ class ATS(Planner):
   idles: ClassVar[bool] = False  # at a capacity of all tokens it still drops most of them
   places: ClassVar[tuple[str, ...]] = ("attn",)
 
+  levels: int = 0  # 0: keep - protected
+
+  def needed(self) -> tuple[str, ...]:
+    if self.levels < 0:
+      raise ValueError(f"levels={self.levels} must be a number of levels, or 0 for one a token of keep")
+    return self.needs
+
+  def count(self, keep: float, n: int, protected: int, source: int) -> int:
+    return max(super().count(keep, n, protected, source), self.fewest(n, protected))
+
   def fewest(self, n: int, protected: int) -> int:
-    return protected + 1
+    return min(n, max(8, protected + 1))
 
   def macs(self, n: float, width: int, num_heads: int) -> float:
     return n * width
@@ -92,8 +109,11 @@ class ATS(Planner):
     index = jnp.arange(n, dtype=jnp.int32)
     free = tokens.alive & ~tokens.protected
     score = significance(tokens.feats["cls_attention"], tokens.feats["value"], free)
-    levels = num_kept(tokens, keep) - (tokens.alive & tokens.protected).sum(1, keepdims=True)
-    picked, place = sample(score, free, levels)
+    keep = jnp.minimum(jnp.asarray(keep, jnp.int32), n)
+    room = (keep[:, None] if keep.ndim else keep) - (tokens.alive & tokens.protected).sum(1, keepdims=True)
+    picked, place = sample(score, free, jnp.asarray([[self.levels]]) if self.levels else room, self.levels or n)
+    if self.levels:
+      picked = picked & (rank(jnp.where(picked, -place, n)) < room)
     stays = picked | (tokens.alive & tokens.protected)
     later = jnp.where(picked, place + n, jnp.where(free, 3 * n - place, 4 * n + index))
     order = inverse(rank(jnp.where(tokens.protected & tokens.alive, index, later)))

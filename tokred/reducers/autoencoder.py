@@ -69,8 +69,11 @@ class Autoencoder(Planner):
   z are the tokens, normalised (our choice: the error is then a part of the variance, and `weight` means the same in
   any backbone); nothing of the loss reaches them.  Means are over the free tokens of an image, so the hinge holds for
   each image (the paper may mean the batch).  Only the loss samples: what goes on is always the top `keep`, so that the
-  loss alone trains the selector.  R and e, under `reconstructor`, are for training only.
+  loss alone trains the selector, in either mode.  R and e, under `reconstructor`, are for training only.  Where a
+  threshold decides, `keep` is a capacity: say `share` if that is all.
   """
+
+  samples: ClassVar[bool] = False
 
   places: ClassVar[tuple[str, ...]] = ("output", "before", "after")
   training_params: ClassVar[tuple[str, ...]] = ("reconstructor",)

@@ -17,8 +17,9 @@ class AViT(Reducer):
   of CLS.  Tokens that stopped are zero and no key to others.  There is no new parameter: channel 0 of every block
   learns to halt, from `ponder` and `halting_prior` of `config.loss`.
 
-  The site has all layers of the stack.  Images differ in how many tokens run, so a `keep` is a capacity: where more
-  run, those that have halted least go on (without it nothing is cut, and nothing is faster).
+  The site has all blocks of the stack, for in the last one the outputs are complete.  Images differ in how many tokens
+  run, so a `keep` is a capacity: where more run, those that have halted least go on (without it nothing is cut, and
+  nothing is faster).
   """
 
   relaxed: ClassVar[bool] = True  # CLS halts too: protected here means that its output stays
@@ -26,6 +27,7 @@ class AViT(Reducer):
   scored: ClassVar[bool] = False
   idles: ClassVar[bool] = False
   ragged: ClassVar[bool] = True
+  everywhere: ClassVar[bool] = True
   places: ClassVar[tuple[str, ...]] = ("after",)
 
   layer: int = 0

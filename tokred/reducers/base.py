@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 
 from tokred.config import nearest
 from tokred.rates import LearnedThreshold, Rows, Threshold, soft_threshold
@@ -21,7 +22,9 @@ from tokred.tokens import (
   inverse,
   of_prompt,
   rank,
+  scatter_add,
   straight_through,
+  take,
 )
 
 REGISTRY: dict[str, type["Reducer"]] = {}
@@ -49,8 +52,9 @@ def get(name: str, field: str = "reducer") -> type["Reducer"]:
 class Reducer(nn.Module):
   """Who represents whom: a module from Tokens to Tokens.
 
-  Its dataclass fields are its options; a site sets them by name.  The int fields `layer` and `depth` are no options:
-  where a class has them, the site fills them in (the block, from 0, and how many there are).
+  Its dataclass fields are its options; a site sets them by name.  The fields `layer`, `depth`, `place` and `prefix` are
+  no options: where a class has them, the site fills them in (the block, from 0, how many there are, where in or around
+  it, and how many tokens of the input are protected).
 
   A report whose name begins with "loss" (a scalar or (B,), times the reducer's own weight) is added to the loss.  What
   it puts in `feats` under a name that begins with "state/" stays there from block to block.
@@ -64,11 +68,15 @@ class Reducer(nn.Module):
   proportional: ClassVar[bool] = False  # from here on log(size) biases attention, unless the site says otherwise
   idles: ClassVar[bool] = True  # does nothing at all where every token stays
   ragged: ClassVar[bool] = False  # counts differ between images: `keep` is a capacity
-  decides: ClassVar[bool] = False  # while training it draws who stays, and reports the share, (B,), as "kept_share"
+  # While training it draws who stays, and reports as "kept_share", (B,), the share of the input's unprotected tokens
+  # if keep rates count from these (`from_input`), else of those that arrive.
+  decides: ClassVar[bool] = False
   packs: ClassVar[bool] = False  # in gather mode images share rows, and nothing else may act in its scope
   recovers: ClassVar[bool] = False  # more tokens may leave than arrive: asks for no count, see `recovered`
   training_only: ClassVar[bool] = False  # an auxiliary head: it leaves the tokens as they are, and freeze drops it
   training_params: ClassVar[tuple[str, ...]] = ()  # submodules that only training uses; freeze drops them
+  everywhere: ClassVar[bool] = False  # its site has all blocks of the stack, or makes no sense
+  annealable: ClassVar[tuple[str, ...]] = ("temperature",)  # options, if it has them, that may be traced: see `anneal`
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "output")  # where it may stand, the default first
   stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
   answers: ClassVar[bool] = False  # llm: `keep` counts a prompt's tokens also where an answer is there to learn from
@@ -103,6 +111,10 @@ class Reducer(nn.Module):
     """The smallest `keep` that the method can reach from n tokens."""
     del n
     return max(protected, 1)
+
+  def left(self, removed: int, n: int, protected: int) -> int:
+    """Tokens out where `removed` should go: r is clipped to what the method can take."""
+    return max(n - removed, self.fewest(n, protected))
 
   def recovered(self, n: Any, source: int) -> Any:
     """Tokens that leave a reducer that recovers: all that the input had.
@@ -139,6 +151,10 @@ class Planner(Reducer):
     """
     raise NotImplementedError
 
+  def counted(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
+    """`plan` where a rate learns how many: `keep` stay, and they stand by rank, also where `plan` draws how many."""
+    return self.plan(tokens, keep, train=train)
+
   def __call__(
     self, tokens: Tokens, keep: Any, *, train: bool, mode: str, survival: Array | None = None
   ) -> tuple[Tokens, dict[str, Array]]:
@@ -147,28 +163,35 @@ class Planner(Reducer):
     `keep` may also be a threshold or `rates.Rows`, and `survival` is a learned rate's view of each rank (see fold).
     """
     train = train and (mode == "mask" or not self.samples)
+    decide = self.plan if survival is None else self.counted
+    taught: dict[str, Array] = {}
+    if isinstance(keep, (LearnedThreshold, Threshold)) and train and not self.decides:
+      # Who passes is settled as at inference, but a loss of the reducer's own is reported in training only.
+      _, taught = self.plan(tokens, keep.capacity, train=True)
     if isinstance(keep, LearnedThreshold):
       _, report = self.plan(tokens, keep.capacity, train=False)
       gate, count = keep(tokens, report["score"])
       count = straight_through(jnp.minimum(count, keep.capacity), count)  # where too many pass, it may still rise
       plan, report = self.plan(tokens, count.astype(jnp.int32), train=False)
-      plan = plan.replace(gate=straight_through((plan.gate > 0) & tokens.alive, gate)) if train else plan
-      return finish_rows(tokens, plan, keep.capacity, mode), report | {"count": count.mean()}
+      if train:  # 1 for the dead, so that a rate that took a token before goes on to learn from it
+        plan = plan.replace(gate=straight_through((plan.gate > 0) | ~tokens.alive, gate))
+      return finish_rows(tokens, plan, keep.capacity, mode), taught | report | {"count": count.mean()}
     if isinstance(keep, Threshold):
       draws = train and self.decides  # a decision of its own, which is to learn
       plan, report = self.plan(tokens, keep.capacity, train=draws)
       if not draws:
         plan, report = self.plan(tokens, keep.count(tokens, report["score"]), train=False)
-      return finish_rows(tokens, plan, keep.capacity, mode), report
+      return finish_rows(tokens, plan, keep.capacity, mode), taught | report
     if isinstance(keep, Rows):
-      plan, report = self.plan(tokens, keep.count, train=train)
+      plan, report = decide(tokens, keep.count, train=train)
       return finish_rows(tokens, plan, keep.capacity, mode, survival), report
-    plan, report = self.plan(tokens, keep, train=train)
+    plan, report = decide(tokens, keep, train=train)
     return finish(tokens, plan, keep, mode, survival), report
 
 
 def finish(tokens: Tokens, plan: Plan, keep: Any, mode: str, survival: Array | None = None) -> Tokens:
   """Carries a plan out; where nothing goes and no rate learns from the order, the tokens stay as they are."""
+  tokens = peaks(tokens, plan) if isinstance(plan, PeakPlan) else tokens
   if mode == "gather":
     return tokens if keep >= tokens.x.shape[1] else compact(tokens, plan, keep)
   if survival is None:
@@ -181,6 +204,7 @@ def finish(tokens: Tokens, plan: Plan, keep: Any, mode: str, survival: Array | N
 def finish_rows(tokens: Tokens, plan: Plan, capacity: int, mode: str, survival: Array | None = None) -> Tokens:
   """Carries out a plan whose counts differ between images: also at full capacity some tokens are dead."""
   capacity = min(capacity, tokens.x.shape[1])
+  tokens = peaks(tokens, plan) if isinstance(plan, PeakPlan) else tokens
   if mode == "gather" and plan.weight is None:
     return compact(tokens, plan, capacity)
   tokens = fold(tokens, plan, survival=survival)  # `compact` merges only what lies behind the capacity
@@ -274,6 +298,24 @@ def soft_top(tokens: Tokens, score: Array, keep: Any, temperature: float, *, tra
 def decided(tokens: Tokens, kept: Array) -> Array:
   """Order of a decision (B, N) bool: the protected, those it keeps, the others, the dead, each in their order."""
   return inverse(rank(jnp.where(tokens.protected, -1, jnp.where(kept, 0, jnp.where(tokens.alive, 1, 2)))))
+
+
+@struct.dataclass
+class PeakPlan(Plan):
+  """A plan whose owners hold no mean, but the largest value of their group, channel by channel; see `peaks`."""
+
+
+def peaks(tokens: Tokens, plan: PeakPlan) -> Tokens:
+  """Tokens whose owners hold the largest values of their groups already; those that are as large share the gradient."""
+  x, index, member = tokens.x, jnp.maximum(plan.owner, 0), plan.owner[..., None] >= 0
+  values = jax.lax.stop_gradient(x)
+  low = jnp.full_like(values, jnp.finfo(x.dtype).min)
+  one = lambda row, i, update: row.at[i].max(update, mode="promise_in_bounds")  # noqa: E731
+  top = member & (values == take(jax.vmap(one)(low, index, jnp.where(member, values, low)), index))
+  count = scatter_add(jnp.zeros_like(x), index, top.astype(x.dtype))
+  peak = scatter_add(jnp.zeros_like(x), index, jnp.where(top, x, 0)) / jnp.maximum(count, 1)
+  owns = plan.owner == jnp.arange(x.shape[1])
+  return tokens.replace(x=jnp.where(owns[..., None], peak, x))
 
 
 def merge_into(tokens: Tokens, owner: Array, order: Array, share: Array | None = None) -> Plan:

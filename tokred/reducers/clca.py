@@ -14,62 +14,79 @@ STATE = "state/clca"
 
 @register("clca")
 class CLCA(Reducer):
-  """Remembers a vector of every block; before block 3, 6, 9, ... all of them join the sequence, and the cache is empty.
+  """Remembers a vector of every block; behind a recovery block all that is remembered joins the sequence.
 
-  The vector is the mean of the unprotected tokens that left the block, or CLS, or both.  A site of it acts before every
-  block from 1 on, `layers=range(1, depth)`, beside any site that reduces.  Vectors that join stand behind the
-  survivors; they are protected (the authors keep them out of the scoring) and represent no source token.  There are
-  never more tokens than at the input: what finds no seat is left out, the latest first.
+    x <- [x, cache], cache <- ()   behind the blocks `at`, when they have reduced
+    cache <- [cache, mean of x]    behind every block up to the last of them
+
+  The vector is the mean of the unprotected tokens, or CLS, or both.  At 3, 6 and 9 of 12 the vectors of blocks 0 to 2,
+  3 to 5 and 6 to 8 join, so that each time three tokens more go on than the reduction there left, in mask mode, too.
+  They stand behind the survivors, represent no source token, and are protected: carriers have no part in the scoring,
+  nor in the mean.  (In the authors' EViT a later reduction ranks them with the rest, and the mean counts them.)
+
+  A site of it acts after every block, `layers=range(depth)`, beside the site that reduces.  Where tokens go round
+  blocks it must meet all of them: place="before", `layers=range(1, depth)` is behind the block in front, and its scope.
 
   Not here: carrier tokens of their own, of which CLS takes the place; the head of depth-wise convolutions over the CLS
   of several blocks; the quirk that after a flush the authors' code caches a cached copy instead of the live carrier.
   """
 
+  conserves: ClassVar[bool] = False  # sizes of 1 join
   recovers: ClassVar[bool] = True
   idles: ClassVar[bool] = False
   scored: ClassVar[bool] = False
-  places: ClassVar[tuple[str, ...]] = ("before",)
+  places: ClassVar[tuple[str, ...]] = ("after", "before")
 
   layer: int = 0
   depth: int = 1
-  every: int = 3
+  place: str = "after"
+  at: tuple[int, ...] = ()  # recovery blocks, the authors' (3, 6, 9), or with depth - 2; (): quarters of the depth
   cache: str = "mean"  # mean, cls, both
 
   def needed(self) -> tuple[str, ...]:
     if self.cache not in CACHES:
       raise ValueError(f"cache={self.cache!r} is not a cache; {nearest(self.cache, CACHES)}")
-    if self.every < 1:
-      raise ValueError(f"every={self.every} must be at least 1: blocks from one flush to the next")
+    blocks = isinstance(self.at, (tuple, list)) and all(type(block) is int and block >= 1 for block in self.at)
+    if not blocks or list(self.at) != sorted({*self.at}):
+      raise ValueError(f"at={self.at} must be recovery blocks in ascending order, from 1: before 1 nothing is cached")
     return ()
 
   @property
-  def flushes(self) -> bool:
-    """Whether the cache joins the sequence before this block."""
-    return self.layer > 0 and self.layer % self.every == 0
+  def flushes(self) -> tuple[int, ...]:
+    """The recovery blocks."""
+    return tuple(self.at) or tuple(sorted({max(1, self.depth * quarter // 4) for quarter in (1, 2, 3)}))
+
+  @property
+  def block(self) -> int:
+    """The one that the tokens come from."""
+    return self.layer - (self.place == "before")
+
+  @property
+  def joining(self) -> int:
+    """Vectors that join behind this block: of the blocks from the last recovery to the one before this."""
+    if self.block not in self.flushes:
+      return 0
+    last = max((block for block in self.flushes if block < self.block), default=0)
+    return (self.block - last) * (1 + (self.cache == "both"))
 
   def recovered(self, n: Any, source: int) -> Any:
-    """Tokens that leave of n that arrive, a number or traced; `source`: tokens at the input."""
-    if not self.flushes:
-      return n
-    grown = n + self.every * (1 + (self.cache == "both"))
-    return min(grown, source) if isinstance(grown, (int, float)) else jnp.minimum(grown, source)
+    return n + self.joining
 
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
-    if not 0 < self.layer <= (self.depth - 1) // self.every * self.every:
-      return tokens, {}  # before block 0 there is nothing to remember, behind the last flush nobody would read it
-    new = self.vectors(tokens)
-    if STATE in tokens.feats:  # the same in every token, and the first one is always alive
-      new = jnp.concatenate([tokens.feats[STATE][:, 0], new], axis=1)
-    if not self.flushes:
-      held = jnp.broadcast_to(new[:, None], (*tokens.mask.shape, *new.shape[1:]))
-      return tokens.replace(feats=tokens.feats | {STATE: held}), {}
-    wanted = self.every * (1 + (self.cache == "both"))
-    if new.shape[1] != wanted:
-      raise ValueError(
-        f"the cache holds {new.shape[1]} vectors before block {self.layer}, not {wanted}: the layers of a clca site "
-        "must be all blocks from 1 on"
-      )
-    return append(tokens, new, mode), {}
+    vectors = self.vectors(tokens)
+    held = tokens.feats[STATE][:, 0] if STATE in tokens.feats else vectors[:, :0]  # the same in every token
+    if self.joining:
+      if held.shape[1] != self.joining:
+        raise ValueError(
+          f"the cache holds {held.shape[1]} vectors behind block {self.block}, not {self.joining}: a clca site must "
+          f"act after all blocks up to {self.flushes[-1]}, or before all from 1 on, and not where tokens go round"
+        )
+      tokens, held = append(tokens, held), vectors[:, :0]
+    feats = {name: leaf for name, leaf in tokens.feats.items() if name != STATE}
+    if 0 <= self.block < self.flushes[-1]:  # behind the last recovery nobody would read it
+      held = jnp.concatenate([held, vectors], axis=1)
+      feats[STATE] = jnp.broadcast_to(held[:, None], (*tokens.mask.shape, *held.shape[1:]))
+    return tokens.replace(feats=feats), {"count": tokens.alive.sum(1).astype(jnp.float32).mean()}
 
   def vectors(self, tokens: Tokens) -> Array:
     """What is remembered of the block that these tokens left, (B, 1 or 2, D) of the dtype of x."""
@@ -85,21 +102,14 @@ class CLCA(Reducer):
     return jnp.stack(out, axis=1).astype(tokens.x.dtype)
 
 
-def append(tokens: Tokens, vectors: Array, mode: str) -> Tokens:
-  """Protected tokens behind the survivors, in the seats of the dead and, in gather mode, in new ones.
-
-  Args:
-    tokens: N tokens; its `state/clca` is dropped.
-    vectors: (B, C, D).
-    mode: in "gather" N grows by C, to no more than the input had.
-  """
+def append(tokens: Tokens, vectors: Array) -> Tokens:
+  """N + C tokens: the survivors, the (B, C, D) vectors as protected tokens, the dead."""
   n, count = tokens.x.shape[1], vectors.shape[1]
-  more = min(count, tokens.owner.shape[1] - n) if mode == "gather" else 0
-  rel = jnp.arange(n + more) - tokens.alive.sum(1, keepdims=True)
+  rel = jnp.arange(n + count) - tokens.alive.sum(1, keepdims=True)
   joins, which = (rel >= 0) & (rel < count), jnp.clip(rel, 0, count - 1)
 
   def seat(leaf: Array, new: Any) -> Array:
-    leaf = jnp.pad(leaf, ((0, 0), (0, more)) + ((0, 0),) * (leaf.ndim - 2))
+    leaf = jnp.pad(leaf, ((0, 0), (0, count)) + ((0, 0),) * (leaf.ndim - 2))
     return jnp.where(joins.reshape(joins.shape + (1,) * (leaf.ndim - 2)), jnp.asarray(new, leaf.dtype), leaf)
 
   return tokens.replace(
@@ -108,5 +118,5 @@ def append(tokens: Tokens, vectors: Array, mode: str) -> Tokens:
     size=seat(tokens.size, 1),
     position=seat(tokens.position, 0),
     protected=seat(tokens.protected, True),
-    feats={name: seat(leaf, 0) for name, leaf in tokens.feats.items() if name != STATE},
+    feats={name: seat(leaf, 0) for name, leaf in tokens.feats.items()},
   )

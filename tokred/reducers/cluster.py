@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from tokred.reducers.base import Planner, keep_top, merge_into, num_kept, register
 from tokred.reducers.diversity import compared, farthest_first, valid_metric
@@ -126,6 +127,8 @@ class DPCKNN(Planner):
   """Keeps the density peaks, the tokens of largest rho delta, see `density_peaks`.
 
   With `merge` the others fold into the nearest peak, x <- sum(s x) / sum(s); set the site's `proportional` then.
+  With `slots`, as in HoT, the k-th of the unprotected that are kept gets a second position, x <- x + e_k, e learned
+  from 0 on; an image of which nothing goes stays as it is.
   """
 
   conserves: ClassVar[bool] = False
@@ -134,6 +137,7 @@ class DPCKNN(Planner):
   neighbours: int = 2
   merge: bool = False
   raster: bool = True  # peaks keep their order, as frames must; otherwise they stand from best to worst
+  slots: int = 0  # rows of e; tokens behind these keep the one position they have
 
   def fewest(self, n: int, protected: int) -> int:
     return protected + 1
@@ -141,10 +145,24 @@ class DPCKNN(Planner):
   def needed(self) -> tuple[str, ...]:
     if self.neighbours < 1:
       raise ValueError(f"neighbours={self.neighbours} must be at least 1: the token itself")
+    if self.slots < 0:
+      raise ValueError(f"slots={self.slots} must be 0 or more: tokens that get a second position")
     return valid_metric(self.metric)
 
   def macs(self, n: float, width: int, num_heads: int) -> float:
     return n * n * (width if self.metric == "token" else width / num_heads)
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, keep: Any, **kwargs: Any) -> tuple[Tokens, dict[str, Array]]:
+    out, report = super().__call__(tokens, keep, **kwargs)
+    if not self.slots:
+      return out, report
+    e = self.param("slots", nn.initializers.zeros, (self.slots, out.x.shape[-1]), jnp.float32).astype(out.x.dtype)
+    free = out.alive & ~out.protected
+    slot = jnp.cumsum(free, axis=1) - 1
+    gone = tokens.alive.sum(1, keepdims=True) > out.alive.sum(1, keepdims=True)
+    second = jnp.where((free & gone & (slot < self.slots))[..., None], e[jnp.clip(slot, 0, self.slots - 1)], 0)
+    return out.replace(x=out.x + second), report
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     free = tokens.alive & ~tokens.protected

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokred.reducers.base import Planner, decided, keep_top, register
+from tokred.reducers.base import Planner, decided, keep_top, register, soft_top
 from tokred.tokens import Array, Plan, Tokens, straight_through
 
 
@@ -40,7 +40,9 @@ class Predictor(nn.Module):
 class Gumbel(Planner):
   """Training: u <- u ST(onehot(argmax(y + g)), softmax((y + g) / tau)).  Inference: the top tokens by y_keep.
 
-  The keep-ratio loss holds the sampled share at the site's keep rate, so that the fixed count fits.
+  The keep-ratio loss holds the sampled share at the site's keep rate, so that the fixed count fits.  With a learned
+  rate noise decides only who stays: the top tokens by m = (y + g)_keep - (y + g)_drop, as many as the rate says, with
+  the gradient of sigmoid((m - t) / tau), whose sum is the count.
   """
 
   places: ClassVar[tuple[str, ...]] = ("before", "output")
@@ -60,11 +62,22 @@ class Gumbel(Planner):
     return jax.random.gumbel(self.make_rng("reduce"), shape, jnp.float32)
 
   @nn.compact
-  def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
-    free = ~tokens.protected
-    weight = jnp.where(free, tokens.mask.astype(jnp.float32), 0.0)  # carries the gradient of earlier decisions
+  def logits(self, tokens: Tokens) -> tuple[Array, Array]:
+    """Those of the predictor, (B, N, 2), and what it weighs the tokens with, (B, N)."""
+    weight = jnp.where(tokens.protected, 0.0, tokens.mask.astype(jnp.float32))  # with earlier decisions' gradient
     x = tokens.x if jnp.issubdtype(tokens.mask.dtype, jnp.floating) else jnp.where(tokens.mask[..., None], tokens.x, 0)
-    logits = Predictor(name="predictor")(x, weight)
+    return Predictor(name="predictor")(x, weight), weight
+
+  def counted(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
+    if not train:
+      return self.plan(tokens, keep, train=False)
+    logits, _ = self.logits(tokens)
+    noisy = logits + self.noise(logits.shape)
+    plan = soft_top(tokens, noisy[..., 0] - noisy[..., 1], keep, self.temperature, train=True)
+    return plan, {"score": logits[..., 0]}
+
+  def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
+    logits, weight = self.logits(tokens)
     if not train:
       return keep_top(tokens, logits[..., 0], keep), {"score": logits[..., 0]}
     noisy = (logits + self.noise(logits.shape)) / self.temperature
@@ -73,6 +86,6 @@ class Gumbel(Planner):
     kept = keeps & tokens.alive
     index = jnp.arange(kept.shape[1], dtype=jnp.int32)
     order = decided(tokens, kept)
-    share = (weight * gate).sum(1) / jnp.maximum(free.sum(1), 1)
+    share = (weight * gate).sum(1) / jnp.maximum((~tokens.protected).sum(1), 1)
     plan = Plan(owner=jnp.where(kept, index, -1), order=order, gate=gate)
     return plan, {"score": logits[..., 0], "kept_share": share}

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from tokred.config import nearest
-from tokred.reducers.base import Planner, merge_into, num_kept, register
+from tokred.reducers.base import PeakPlan, Planner, merge_into, num_kept, register
 from tokred.reducers.tome import interleave, unit
 from tokred.tokens import Array, Plan, Tokens, best, inverse, rank, take
 
 TINY = 1e-12  # attention that nobody pays is not divided by
-POOLING = ("attention", "size", "mean")
+FEW = 10  # no fewer stay where r is a number, and a ratio leaves no more than these alone
+POOLING = ("attention", "size", "max", "mean")
 
 
 def scarcity(value: Array, alive: Array) -> Array:
@@ -30,13 +31,14 @@ class MCTF(Planner):
 
   alpha_j = mean_{h,i} A_hij,  info = 1 / alpha,  bulk = 1 / s, both with maximum 1;  tau = 0 leaves a criterion out.
   Even places are a, odd ones b.  The best r/2 of a merge into b; then, of what is left, the best of b (with what they
-  have received) merge into a.  x <- sum(w x) / sum(w), s <- sum(s), with w = alpha s (pooling "attention"), s or 1.
-  (The authors' fourth pooling, the maximum of each channel, is not here.)
+  have received) merge into a.  x <- sum(w x) / sum(w), s <- sum(s), with w = alpha s (pooling "attention"), s or 1; or
+  x <- max x, channel by channel (pooling "max").  Survivors stand as in the authors' code, in ToMe's order.
 
   At place `ahead` the attention of the unmerged tokens serves the merged ones: columns are summed over what a key
   stands for, rows averaged with w.  No map is kept: A C v is attention to values repeated over each key's members, and
-  the rows are averaged after it.  With one_step_ahead=False the merged tokens attend anew, with their sizes.  At places
-  `attn` and `after` the block is done with its attention when tokens merge.
+  the rows are averaged after it.  (With pooling "max" rows are the largest entries of a group, and need not sum to 1:
+  for this one the map A C is held.)  With one_step_ahead=False the merged tokens attend anew, with their sizes.  At
+  places `attn` and `after` the block is done with its attention when tokens merge.
   """
 
   needs: ClassVar[tuple[str, ...]] = ("column_mean",)
@@ -49,7 +51,7 @@ class MCTF(Planner):
   tau_info: float = 20.0
   tau_size: float = 40.0
   bidirectional: bool = True
-  pooling: str = "attention"  # attention, size, mean
+  pooling: str = "attention"  # attention, size, max, mean
   one_step_ahead: bool = True  # place ahead: the map of the unmerged tokens serves the merged ones
 
   def needed(self) -> tuple[str, ...]:
@@ -58,7 +60,15 @@ class MCTF(Planner):
     return self.needs
 
   def fewest(self, n: int, protected: int) -> int:
-    return min(n, max(10, 2 * protected + 2)) if self.bidirectional else n - (n - protected) // 2
+    return n - (n - protected) // 2 if n > FEW else n
+
+  def left(self, removed: int, n: int, protected: int) -> int:
+    return max(super().left(removed, n, protected), min(n, FEW))
+
+  def count(self, keep: float, n: int, protected: int, source: int) -> int:
+    """For a ratio r = 1 - keep, of which the authors remove int(r m) of m tokens, but no more than half."""
+    removed = int(round(1.0 - keep, 12) * (n - protected))  # 1 - 0.55 is not 0.45
+    return max(n - removed, self.fewest(n, protected))
 
   def macs(self, n: float, width: int, num_heads: int) -> float:
     own = n * n * width * (1 / 4 + 1)  # the similarities of pairs, and q k^T again for the columns' means
@@ -85,16 +95,18 @@ class MCTF(Planner):
     owner_a = jnp.where(merged_a, take(owner_b, match_a), source)  # with b, if b moves on
     owner = jnp.where(alive, interleave(owner_a, owner_b, n), -1)
 
-    # Places: protected, what is left of a, what is left of b (best first, if it had a choice), then the merged.
-    key_a = jnp.where(merged_a, 4 * n - 1 - rank_a, n + source)
+    # Places: protected, what is left of a (best first, if no token is protected), what is left of b (best first, if it
+    # had a choice), then the merged.  Where nothing merges the authors return early, and the order stays.
+    guarded = (tokens.protected & alive).any(1, keepdims=True)
+    key_a = jnp.where(merged_a, 4 * n - 1 - rank_a, n + jnp.where(guarded, source, rank_a))
     key_b = jnp.where(merged_b, 5 * n - 1 - rank_b, 2 * n + (rank_b if self.bidirectional else target))
     key = jnp.where(tokens.protected, index, interleave(key_a, key_b, n))
-    order = inverse(rank(jnp.where(alive, key, index + 5 * n)))
-    share = {"attention": attention * tokens.size, "size": tokens.size, "mean": jnp.ones_like(tokens.size)}[
-      self.pooling
-    ]
-    plan = merge_into(tokens, owner, order, share=jnp.where(alive, share, 1.0))
-    # At place ahead a plan that is reported tells the block to average its rows as the tokens.
+    merges = merged_a.any(1, keepdims=True) | merged_b.any(1, keepdims=True)
+    order = inverse(rank(jnp.where(alive, jnp.where(merges, key, index), index + 5 * n)))
+    share = {"attention": attention * tokens.size, "size": tokens.size, "max": owner == index, "mean": 1.0}
+    plan = merge_into(tokens, owner, order, share=jnp.where(alive, share[self.pooling], 1.0))
+    plan = PeakPlan(**vars(plan)) if self.pooling == "max" else plan
+    # At place ahead a plan that is reported tells the block to pool its rows as the tokens.
     return plan, {"similarity": best_a} | ({"plan": plan} if self.one_step_ahead else {})
 
   def scores(self, tokens: Tokens, attention: Array) -> Array:

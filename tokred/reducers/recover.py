@@ -45,8 +45,7 @@ class Recover(Reducer):
 
   Protected tokens come out as they are: HoT has none, and a classifier reads CLS.  (So where the head reads CLS alone,
   a recovery at the output learns from `config.loss.distill_tokens` only.)  Behind it nothing has been reduced: sizes
-  are 1, positions and owners 0 to S - 1.  HoT prunes by `dpcknn`, and gives what is left a second position embedding;
-  here tokens keep the one they have.
+  are 1, positions and owners 0 to S - 1.  HoT prunes by `dpcknn`, whose `slots` are its second position embedding.
   """
 
   conserves: ClassVar[bool] = False  # made anew

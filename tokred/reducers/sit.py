@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tokred.reducers.base import Reducer, register
-from tokred.reducers.transforming import transform
+from tokred.reducers.transforming import shares, transform, visible
 from tokred.tokens import Array, Tokens, inverse, rank, take
 
 
@@ -37,12 +37,6 @@ def seats(tokens: Tokens, slots: Array, keep: Any, mode: str) -> tuple[Array, Ar
   keep = jnp.asarray(keep)
   alive = place < (keep[:, None] if keep.ndim else keep)
   return weight, jnp.broadcast_to(alive, (batch, k))
-
-
-def over_tokens(logits: Array, free: Array) -> Array:
-  """Softmax of (B, N, K) over the free tokens, (B, N) bool; float32, and zero where there is none."""
-  logits = jnp.where(free[..., None], logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-  return jnp.where(free[..., None], jax.nn.softmax(logits, axis=1), 0.0)
 
 
 def side(module: nn.Module, name: str, keep: Any) -> int:
@@ -81,6 +75,7 @@ class SiT(Reducer):
 
   reverse: bool = False  # reports what SiTReverse makes of the slots, for training
   patches: int = 0  # of SiTReverse
+  prefix: int = -1  # likewise
 
   def count(self, keep: float, n: int, protected: int, source: int) -> int:
     return min(n, int(source * keep) + protected)
@@ -95,17 +90,17 @@ class SiT(Reducer):
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
     width = tokens.x.shape[-1]
     columns = side(self, "slots", keep)
-    x = jnp.where(tokens.alive[..., None], tokens.x, 0).astype(jnp.float32)
+    x, _, gate = visible(tokens)
     h = nn.Dense(width // 2, name="in_proj")(nn.LayerNorm(epsilon=1e-5, name="norm")(x))
     kernel = self.param("slots", nn.initializers.lecun_normal(), (width // 2, columns), jnp.float32)
     scale = self.param("scale", nn.initializers.ones, (), jnp.float32)  # tau
     # The authors' M2 has a bias; it is the same for all tokens of a slot, and cancels in the softmax over tokens.
-    logits = scale * (nn.gelu(h, approximate=False) @ kernel)  # (B, N, C)
-    slots = over_tokens(logits, tokens.alive & ~tokens.protected).swapaxes(1, 2)
+    logits = (scale * (nn.gelu(h, approximate=False) @ kernel)).swapaxes(1, 2)  # (B, C, N)
+    slots = shares(logits.astype(jnp.float32), jnp.where(tokens.protected, 0.0, gate)[:, None])
     tokens = transform(tokens, *seats(tokens, slots, keep, mode))
     if not (self.reverse and (train or self.is_initializing())):
       return tokens, {}
-    return SiTReverse(self.patches, name="sit_reverse")(tokens, keep, train=train, mode=mode)
+    return SiTReverse(self.patches, self.prefix, name="sit_reverse")(tokens, keep, train=train, mode=mode)
 
 
 @register("sit_reverse")
@@ -119,18 +114,24 @@ class SiTReverse(Reducer):
   training_only: ClassVar[bool] = True
   places: ClassVar[tuple[str, ...]] = ("after", "output")
 
-  patches: int = 0  # P; 0: the largest square that fits into the input.  What the input has beside these comes first
+  patches: int = 0  # P; 0: all that stand behind the prefix
+  prefix: int = -1  # tokens before the patches, which the site fills in; below 0: so many that P is a square
 
   @nn.compact
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
     source, width = tokens.owner.shape[1], tokens.x.shape[-1]
-    patches = self.patches or math.isqrt(source) ** 2
+    patches = self.patches or (math.isqrt(source) ** 2 if self.prefix < 0 else source - self.prefix)
     prefix = source - patches
+    if prefix < 0 or (isinstance(keep, int) and keep <= prefix):
+      raise ValueError(
+        f"patches={patches} of the {source} tokens at the input leave no slot among the {keep} that arrive at "
+        "sit_reverse; valid: the number of patches of the grid"
+      )
     mlp = lambda x, hidden, out, name: nn.Dense(out, name=f"{name}2")(  # noqa: E731
       nn.gelu(nn.Dense(hidden, name=f"{name}1")(x), approximate=False)
     )
-    x = jnp.where(tokens.alive[..., None], tokens.x, 0).astype(jnp.float32)
-    x = jnp.where(tokens.alive[..., None], nn.LayerNorm(epsilon=1e-5, name="norm1")(x), 0.0)[:, prefix:]
+    x, _, gate = visible(tokens)
+    x = (nn.LayerNorm(epsilon=1e-5, name="norm1")(x) * gate[..., None])[:, prefix:]
     # The dead behind the slots, all zero, need no weights.
     slots = side(self, "slots", keep - prefix if isinstance(keep, int) else keep)
     x = jnp.pad(x, ((0, 0), (0, max(slots - x.shape[1], 0)), (0, 0)))[:, :slots].swapaxes(1, 2)  # (B, D, K)

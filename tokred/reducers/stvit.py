@@ -6,6 +6,7 @@
 import math
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -13,7 +14,7 @@ from flax import linen as nn
 from tokred.config import nearest
 from tokred.reducers.base import Reducer, register
 from tokred.reducers.sit import seats
-from tokred.reducers.transforming import transform
+from tokred.reducers.transforming import shares, transform, visible
 from tokred.tokens import Array, Tokens, take
 
 POOLS = ("max", "avg")
@@ -34,6 +35,30 @@ def cells(grid: tuple[int, int], side: int) -> np.ndarray:
   return np.einsum("ah,bw->abhw", rows, columns).reshape(side * side, grid[0] * grid[1])
 
 
+def largest(x: Array, member: Array, gate: Array, learned: bool) -> Array:
+  """Maximum over the tokens of each cell that are there, (B, K, D); 0 where there is none.
+
+  A gate learns what its token makes of the maximum, which is 0 for most: x_n less the largest of the others, or 0.
+
+  Args:
+    x: (B, N, D).
+    member: (B, K, N) bool, of which cells each token is.
+    gate: (B, N) float32, 0 or 1.
+    learned: whether the gate has a gradient.
+  """
+  there = (member & (gate > 0)[:, None])[..., None]
+  among = jnp.where(there, x[:, None], -jnp.inf)  # (B, K, N, D)
+  top = among.max(2)
+  out = jnp.where(jnp.isfinite(top), top, 0.0)
+  if not learned:
+    return out
+  first = jnp.argmax(among, axis=2)[:, :, None] == jnp.arange(x.shape[1])[:, None]
+  others = jnp.where(first, jnp.where(first, -jnp.inf, among).max(2)[:, :, None], top[:, :, None])
+  makes = jnp.where(jnp.isfinite(others), jax.nn.relu(x[:, None] - others), x[:, None])
+  makes = jax.lax.stop_gradient(jnp.where(member[..., None], makes, 0.0))
+  return out + (makes * (gate - jax.lax.stop_gradient(gate))[:, None, :, None]).sum(2)
+
+
 class Refine(nn.Module):
   """q <- q + g1 MHA(LN(q), LN([s, x]));  q <- q + g2 MLP(LN(q)), with LayerScale g.
 
@@ -44,14 +69,19 @@ class Refine(nn.Module):
   layer_scale: float
 
   @nn.compact
-  def __call__(self, q: Array, s: Array, x: Array, free: Array) -> Array:
-    """free: (B, N) bool, the image tokens that may be attended to."""
+  def __call__(self, q: Array, s: Array, x: Array, gate: Array) -> Array:
+    """gate: (B, N) float32, 1 for the image tokens that are attended to, else 0; it learns."""
     width, norm1 = q.shape[-1], nn.LayerNorm(epsilon=1e-6, name="norm1")
     scale = lambda name: self.param(name, nn.initializers.constant(self.layer_scale), (width,), jnp.float32)  # noqa: E731
     both = norm1(jnp.concatenate([s, x], axis=1))
-    mask = jnp.concatenate([jnp.ones(s.shape[:2], bool), free], axis=1)[:, None, None]
-    attend = nn.MultiHeadDotProductAttention(self.num_heads, name="attn")
-    q = q + scale("scale1") * attend(norm1(q), both, mask=mask)
+    gate = jnp.concatenate([jnp.ones(s.shape[:2]), gate], axis=1)[:, None, None]
+
+    def weighed(query: Array, key: Array, value: Array) -> Array:  # (B, N, H, d) each
+      logits = jnp.einsum("bkhd,bnhd->bhkn", query, key, precision="highest") * query.shape[-1] ** -0.5
+      return jnp.einsum("bhkn,bnhd->bkhd", shares(logits, gate), value, precision="highest")
+
+    attend = nn.MultiHeadDotProductAttention(self.num_heads, attention_fn=weighed, name="attn")
+    q = q + scale("scale1") * attend(norm1(q), both)
     h = nn.gelu(nn.Dense(4 * width, name="fc1")(nn.LayerNorm(epsilon=1e-6, name="norm2")(q)), approximate=False)
     return q + scale("scale2") * nn.Dense(width, name="fc2")(h)
 
@@ -104,21 +134,20 @@ class STViT(Reducer):
         f"keep={keep} must be a square and the prefix tokens: {source} tokens at the input are a grid of "
         f"{grid[0]} x {grid[1]} and {prefix} others; set grid or keep"
       )
-    free = tokens.alive & ~tokens.protected
-    x = jnp.where(tokens.alive[..., None], tokens.x, 0).astype(jnp.float32)
+    x, _, gate = visible(tokens)
+    gate = jnp.where(tokens.protected, 0.0, gate)
     # Cells by position, so that tokens may have moved, merged or gone before.
     place = jnp.clip(tokens.position - prefix, 0, grid[0] * grid[1] - 1)
-    member = jnp.asarray(cells(grid, side).T)[place].swapaxes(1, 2) & free[:, None]  # (B, K, N)
-    share = member / jnp.maximum(member.sum(-1, keepdims=True), 1)
+    member = jnp.asarray(cells(grid, side).T)[place].swapaxes(1, 2) & ~tokens.protected[:, None]  # (B, K, N)
+    share = shares(jnp.zeros(member.shape), member * gate[:, None])
     if self.pool == "avg":
       s = jnp.einsum("bkn,bnd->bkd", share, x, precision="highest")
     else:
-      s = jnp.where(member[..., None], x[:, None], -jnp.inf).max(2)
-      s = jnp.where(member.any(-1)[..., None], s, 0.0)
+      s = largest(x, member, gate, jnp.issubdtype(tokens.mask.dtype, jnp.floating))
     heads = self.num_heads or max(width // 64, 1)
-    s = Refine(heads, self.layer_scale, name="refine1")(s, s, x, free)
+    s = Refine(heads, self.layer_scale, name="refine1")(s, s, x, gate)
     offset = self.param("offset", nn.initializers.normal(0.02), (side * side, width), jnp.float32)
-    s = Refine(heads, self.layer_scale, name="refine2")(s + offset, s, x, free)
+    s = Refine(heads, self.layer_scale, name="refine2")(s + offset, s, x, gate)
 
     out = transform(tokens, *seats(tokens, share, keep, mode))
     count = out.protected.sum(1, keepdims=True)

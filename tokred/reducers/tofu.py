@@ -1,5 +1,6 @@
 """ToFu: prunes in early blocks, and later merges without losing length.  (Kim et al., 2023, arXiv:2312.01026)"""
 
+import math
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -44,6 +45,9 @@ class ToFu(ToMe):
     if self.norm not in NORMS:
       raise ValueError(f"norm={self.norm!r} is not a way to rescale; {nearest(self.norm, NORMS)}")
     return super().needed()
+
+  def count(self, keep: float, n: int, protected: int, source: int) -> int:
+    return max(n - math.floor(n - n * keep), self.fewest(n, protected))  # of all, as there; at most half go
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     plan, report = super().plan(tokens, keep, train=train)

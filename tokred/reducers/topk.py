@@ -18,7 +18,8 @@ from tokred.tokens import Array, Plan, Tokens, inverse
 class TopK(Planner):
   """x <- [protected, x_i by descending score, sum over the others of c_j x_j where `fuse`].
 
-  The fused token is EViT's: its weights c are the cls attention itself, so they add up to less than one.
+  The fused token is EViT's: its weights c are the cls attention itself, so they add up to less than one.  One token
+  alone is not fused: as many would come out as arrive, which is the identity; the authors reorder and weigh even then.
   """
 
   conserves: ClassVar[bool] = False

@@ -14,6 +14,34 @@ from tokred.scores import SCORES
 from tokred.tokens import Array, Tokens, follow, take
 
 
+def visible(tokens: Tokens) -> tuple[Array, Array, Array]:
+  """x, size and gate, float32: zero where dead, but if a gate is to learn there is all that it could have let through.
+
+  Returns:
+    (B, N, D), (B, N) and (B, N).
+  """
+  learned = jnp.issubdtype(tokens.mask.dtype, jnp.floating)
+  x = tokens.x if learned else jnp.where(tokens.mask[..., None], tokens.x, 0)
+  size = tokens.size if learned else jnp.where(tokens.mask, tokens.size, 0)
+  return x.astype(jnp.float32), size.astype(jnp.float32), tokens.mask.astype(jnp.float32)
+
+
+def shares(logits: Array, gate: Array) -> Array:
+  """gate_j exp(l_j) / sum_i gate_i exp(l_i) along the last axis; zero where no gate is open.
+
+  Args:
+    logits: float32, finite.
+    gate: float32, 0 or more, of a shape that spreads to that of the logits.  A gate of 0 learns what it holds back, at
+      most as much as the largest of what is there.
+  """
+  there = gate > 0
+  top = jnp.where(there, logits, -jnp.inf).max(-1, keepdims=True)
+  logits = logits - jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+  weight = jnp.exp(jnp.where(there, logits, jnp.minimum(logits, 0.0))) * gate
+  total = weight.sum(-1, keepdims=True)
+  return weight / jnp.where(total > 0, total, 1.0)
+
+
 def transform(tokens: Tokens, weight: Array, alive: Array, centre: Array | None = None) -> Tokens:
   """Y = W X, and what else a token has.
 
@@ -32,18 +60,16 @@ def transform(tokens: Tokens, weight: Array, alive: Array, centre: Array | None 
     K tokens.
   """
   weight = jnp.where(alive[..., None], weight, 0.0)
-  x = jnp.where(tokens.alive[..., None], tokens.x, 0).astype(jnp.float32)
-  size = jnp.where(tokens.alive, tokens.size, 0.0)
+  x, size, gate = visible(tokens)
   claim = weight
   if centre is None:
     centre = jnp.argmax(weight, axis=2).astype(jnp.int32)
   else:
     claim = jnp.where(alive[..., None] & (centre[..., None] == jnp.arange(weight.shape[2])), jnp.inf, weight)
   protected = take(tokens.protected & tokens.alive, centre) & (weight > 0).any(2)
-  free = tokens.alive & ~tokens.protected
   sizes = jnp.einsum("bkn,bn->bk", weight, size, precision="highest")
   drawn = jnp.where(protected, 0.0, sizes).sum(1, keepdims=True)
-  scale = jnp.where(free, size, 0.0).sum(1, keepdims=True) / jnp.where(drawn > 0, drawn, 1.0)
+  scale = jnp.where(tokens.protected, 0.0, size * gate).sum(1, keepdims=True) / jnp.where(drawn > 0, drawn, 1.0)
   owner = jnp.where(tokens.alive & (claim > 0).any(1), jnp.argmax(claim, axis=1).astype(jnp.int32), -1)
   return Tokens(
     x=jnp.einsum("bkn,bnd->bkd", weight, x, precision="highest").astype(tokens.x.dtype),
@@ -61,6 +87,20 @@ def cosine(a: Array, b: Array) -> Array:
   a, b = (v.astype(jnp.float32) for v in (a, b))
   a, b = (v * jax.lax.rsqrt(jnp.maximum(jnp.square(v).sum(-1, keepdims=True), 1e-12)) for v in (a, b))
   return jnp.einsum("bkd,bnd->bkn", a, b, precision="highest")
+
+
+def importance(tokens: Tokens, score: Array, gate: Array) -> Array:
+  """Shares c_j of the free tokens in an average, (B, N) float32 up to a factor; 0 and with the gate's gradient if dead.
+
+  Attention does not see a token that is dead, so that its score is 0 already and has that gradient.
+  """
+  free = tokens.alive & ~tokens.protected
+  top = jax.lax.stop_gradient(jnp.where(free, score, 0.0).max(1, keepdims=True))
+  score = score / jnp.where(top > 0, top, 1.0)
+  weighed = jnp.where(free, jnp.maximum(score, 1e-12), score) * gate
+  if jnp.issubdtype(tokens.mask.dtype, jnp.floating):
+    free, weighed = ~tokens.protected, jnp.where(tokens.alive | (score > 0), weighed, score)
+  return jnp.where(free, weighed, 0.0)
 
 
 @register("transforming")
@@ -101,16 +141,13 @@ class Transforming(Reducer):
     if mode == "gather" and keep >= n:
       return same, {"score": score}
     order = plan.order[:, : same.x.shape[1]]
-    x = jnp.where(tokens.alive[..., None], tokens.x, 0)
+    x, _, gate = visible(tokens)
     gone = tokens.alive.sum(1) > same.alive.sum(1)  # (B,)
     alive = jnp.arange(order.shape[1]) < same.alive.sum(1, keepdims=True)
-    free = tokens.alive & ~tokens.protected
-    tiny = jnp.finfo(jnp.float32).tiny
-    logits = cosine(take(x, order), x) / self.temperature + jnp.log(jnp.maximum(score, tiny))[:, None]
-    weight = jax.nn.softmax(jnp.where(free[:, None], logits, jnp.finfo(jnp.float32).min))
-    weight = jnp.where(free[:, None], weight, 0.0)
+    weight = shares(cosine(take(x, order), x) / self.temperature, importance(tokens, score, gate)[:, None])
     weight = jnp.where(take(tokens.protected, order)[..., None], jax.nn.one_hot(order, n), weight)
     mixed = transform(tokens, weight, alive, order)
-    mixed = mixed.replace(mask=alive.astype(same.mask.dtype))
+    mask = jnp.where(alive, take(tokens.mask, order), jnp.zeros((), same.mask.dtype))
+    mixed = mixed.replace(mask=mask, size=jnp.where(alive, mixed.size, 1.0))  # attention takes the log of all sizes
     pick = lambda a, b: jnp.where(gone.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)  # noqa: E731
     return jax.tree.map(pick, mixed, same), {"score": score}

@@ -53,7 +53,7 @@ def check_reducer(
     if number not in known:
       raise ValueError(f"laws has {number!r}; valid: {known[0]} to {known[-1]}")
   for need in module.needed():
-    if need not in attention.FEATURES and need != "update":
+    if need not in attention.FEATURES and need not in ("update", "mlp_update"):
       raise ValueError(f"needed() has {need!r}; {config_lib.nearest(need, attention.FEATURES)}")
   made = {name: case for name, case in make_cases(module).items() if cases is None or name in cases}
   with registered(type(module)):

@@ -81,7 +81,7 @@ def draw(
   logits = np.where(mask, rng.normal(size=(BATCH, NUM)), -np.inf)
   feats = {}
   for need in needed:
-    if need == "update":
+    if need in ("update", "mlp_update"):
       feats[need] = normal(BATCH, NUM, WIDTH)
     elif need in ("query", "key", "value"):
       feats[need] = normal(BATCH, NUM, HEADS, WIDTH // HEADS)

@@ -3,12 +3,14 @@
 Methods that learn what to drop fail in silence: the loss is finite, and the selector has stopped selecting.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from tokred.layout import Sites, Spot
+from tokred import losses
+from tokred.layout import Sites, Spot, walk
 from tokred.nn.vit import Output, ViT
 
 PATIENCE = 3  # reports in a row before an alarm is raised: a router that starts at zero has no choice yet
@@ -33,15 +35,16 @@ def collapsed(sites: Sites, metrics: Mapping[str, float]) -> dict[str, str]:
 
   Args:
     sites: of the model that trains.
-    metrics: by name; read are `counts/<spot>` and `overlap/<spot>`, and whether `global_ratio` is a term of the loss:
-      it lets single selectors keep all or none, so that those of a site are judged together.
+    metrics: by name; read are `counts/<spot>`, `overlap/<spot>` and `kept/<spot>`, and whether `global_ratio` is a term
+      of the loss: it lets single selectors keep all or none, so that those of a site are judged together.
   """
   spots = [spot for spot in sites.spots if f"counts/{label(spot)}" in metrics]
   counts = {spot: metrics[f"counts/{label(spot)}"] for spot in spots}
   together = "global_ratio" in metrics and "keep_ratio" not in metrics
   selectors: dict[str, list[Spot]] = {}
   for spot in spots:
-    if spot.rate in ("fixed", "threshold") and spot.keep > spot.protected + 1:
+    decides = spot.rate == "threshold" or (spot.rate == "fixed" and spot.type.decides)
+    if decides and spot.keep > spot.protected + 1:
       selectors.setdefault(spot.site if together else label(spot), []).append(spot)
   out = {
     f"selector/{name}": text
@@ -49,8 +52,10 @@ def collapsed(sites: Sites, metrics: Mapping[str, float]) -> dict[str, str]:
     if (text := selector(name, group, [counts[spot] for spot in group]))
   }
   out |= {f"router/{label(s)}": text for s in spots if (text := router(s, metrics.get(f"overlap/{label(s)}")))}
+  out |= {f"kept/{label(s)}": text for s in spots if (text := reconstruction(s, metrics.get(f"kept/{label(s)}")))}
   learned = [spot for spot in spots if spot.rate == "learned"]
-  out |= {f"rate/{label(s)}": text for s in learned if (text := rate(s, counts[s], sites.stack.depth))}
+  reach = arriving(sites, counts) if learned else {}
+  out |= {f"rate/{label(s)}": text for s in learned if (text := rate(s, counts[s], reach[s], sites.stack.depth))}
   if learned and (text := rates_idle(learned, [counts[spot] for spot in learned])):
     out["rate"] = text
   for site in dict.fromkeys(spot.site for spot in spots if spot.rate == "learned_threshold"):
@@ -68,22 +73,40 @@ def selector(name: str, spots: Sequence[Spot], counts: Sequence[float]) -> str:
     spots: where.
     counts: tokens that each lets through, mean over images, protected ones counted.
   """
-  protected, arriving = sum(spot.protected for spot in spots), sum(spot.arriving for spot in spots)
-  allowed, free = sum(spot.keep for spot in spots), arriving - protected
+  protected, arrive = sum(spot.protected for spot in spots), sum(spot.arriving for spot in spots)
+  allowed, free = sum(spot.keep for spot in spots), arrive - protected
   kept, wanted = (sum(counts) - protected) / free, (allowed - protected) / free
   if kept >= NEARLY and wanted < 0.9:
     return (
-      f"{name} keeps all its tokens, where {allowed} of {arriving} are wanted; try a larger "
+      f"{name} keeps all its tokens, where {allowed} of {arrive} are wanted; try a larger "
       "config.loss.keep_ratio (global_ratio), a higher learning rate for it (config.optim.multipliers), or a higher "
       "temperature"
     )
-  if kept <= 1 - NEARLY:
+  if kept <= min(1 - NEARLY, wanted / 2):
     return (
-      f"{name} keeps none of its tokens, where {allowed} of {arriving} are wanted; try a larger "
+      f"{name} keeps none of its tokens, where {allowed} of {arrive} are wanted; try a larger "
       "config.loss.keep_ratio (global_ratio), a lower learning rate for it (config.optim.multipliers), "
       "config.optim.clip_groups, or to hold it at the start (config.optim.freeze_until)"
     )
   return ""
+
+
+def reconstruction(spot: Spot, kept: float | None) -> str:
+  """A selector that learns by a loss of its own, and would keep all or none whatever the count; "" otherwise.
+
+  Args:
+    spot: where.
+    kept: of `selected`; None: not known.
+  """
+  share = dict(spot.options).get("share") or (spot.keep - spot.protected) / max(spot.arriving - spot.protected, 1)
+  if kept is None or min(1 - NEARLY, share / 2) < kept < (NEARLY if share < 0.9 else 2.0):
+    return ""
+  word, size, other = ("all", "larger", "smaller") if kept >= NEARLY else ("none", "smaller", "larger")
+  return (
+    f"{label(spot)} would keep {word} of its tokens ({kept:.0%}), where {share:.0%} are wanted, so that those it ships "
+    f"are next to arbitrary; try a {size} config.sites.{spot.site}.weight, a {other} share, or another learning rate "
+    "for it (config.optim.multipliers)"
+  )
 
 
 def router(spot: Spot, overlap: float | None) -> str:
@@ -104,13 +127,41 @@ def router(spot: Spot, overlap: float | None) -> str:
   )
 
 
-def rate(spot: Spot, count: float, depth: int) -> str:
-  """A learned rate that has gone down to its smallest count; "" where it has not.
+def arriving(sites: Sites, counts: Mapping[Spot, float]) -> dict[Spot, float]:
+  """Tokens that reach each spot, where so many leave those that are known."""
+  reach = {}
+
+  def leave(spots: Sequence[Spot], n: float) -> float:
+    for spot in spots:
+      reach[spot] = n
+      back = spot.type.recovers
+      n = spot.module().recovered(n, sites.stack.num_tokens) if back else min(n, counts.get(spot, spot.keep))
+    return n
+
+  walk(sites.stack.depth, sites.at, sites.stack.num_tokens, leave)
+  return reach
+
+
+def rate(spot: Spot, count: float, arrive: float, depth: int) -> str:
+  """A learned rate that has gone down to its smallest count, or to that of its reducer; "" where it has not.
 
   In the last block that is no collapse: what stays there is read by nobody but the head.
+
+  Args:
+    spot: where.
+    count: tokens that it lets through, as many as the reducer can leave at least.
+    arrive: tokens that reach it.
+    depth: blocks.
   """
-  if spot.layer >= depth - 1 or count > spot.protected + spot.candidates[-1]:
+  smallest, fewest = spot.protected + spot.candidates[-1], spot.module().fewest(math.ceil(arrive), spot.protected)
+  if spot.layer >= depth - 1 or count > max(smallest, fewest):
     return ""
+  if fewest > smallest:
+    return (
+      f"the rate of {label(spot)} is at the lower bound of {spot.reducer!r}, {fewest} of {arrive:.0f} tokens: "
+      "config.loss.budget cannot move it any more; try a larger config.loss.target, a lower learning rate for rates "
+      "(config.optim.multipliers), or more layers for the site"
+    )
   return (
     f"the rate of {label(spot)} is at its lower bound, {count:.0f} tokens: what comes behind it has nothing left to "
     "decide; try a lower learning rate for rates (config.optim.multipliers), a smaller config.loss.budget, a larger "
@@ -168,6 +219,12 @@ def overlaps(module: ViT, output: Output) -> dict[str, jax.Array]:
       out[f"overlap/{label(spot)}"] = jnp.square(p).sum() / jnp.maximum(p.sum(), 1e-6)
     moved = moved or not module.sites.scoped(spot)
   return out
+
+
+def selected(module: ViT, output: Output) -> dict[str, jax.Array]:
+  """What selectors with a loss of their own would keep, a share, and their error, by `kept/<spot>`, `error/<spot>`."""
+  reports = {name: losses.reported(module, output, name) for name in ("kept", "error")}
+  return {f"{name}/{label(s)}": value.mean() for name, found in reports.items() for s, value in found.items()}
 
 
 def label(spot: Spot) -> str:

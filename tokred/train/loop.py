@@ -113,8 +113,7 @@ class _Run:
     c, last = self.phase.config, None
     with _on_sigterm() as asked:
       while step < self.total:
-        if c.rates.freeze_step and step >= c.rates.freeze_step:
-          state = self._freeze(state)
+        state = self._frozen(state, step)
         batch, data_state = next(stream)
         state, metrics = self.phase.step(state, batch, self.phase.keeps(step), teacher)
         step += 1
@@ -128,6 +127,7 @@ class _Run:
         leave = asked(step)
         if step % c.train.checkpoint_every == 0 or step == self.total or leave:
           last = self._report(last)  # nothing is saved that is not known to be good
+          state = self._frozen(state, step) if step == self.total else state
           self.saved.save(step, state, data_state=data_state, config=self.phase.config, wait=leave)
         if leave:
           self.log.message(f"SIGTERM: saved step {step} of {self.total}; the same command goes on from there")
@@ -148,9 +148,9 @@ class _Run:
     counts = list(model.counts)
     return result | {"counts": counts, "gflops": model.flops / 1e9, "gmacs": model.macs / 1e9}
 
-  def _freeze(self, state: Any) -> Any:
-    """Learned rates become integers, and from here on survivors are gathered."""
-    if self.phase.mode == "gather":
+  def _frozen(self, state: Any, step: int) -> Any:
+    """At `config.rates.freeze_step` learned rates become integers, and from there on survivors are gathered."""
+    if self.phase.mode == "gather" or not 0 < self.phase.config.rates.freeze_step <= step:
       return state
     frozen = self._at_target(freeze(Model(self.phase.config, self.phase.module, state["params"])))
     config = complete(frozen.config)

@@ -155,7 +155,7 @@ def frozen(config_optim: ConfigDict, params: Any, strict: bool = True, fixed: Co
   names = [path_name(path) for path, _ in paths]
   matches = _first_match("freeze", config_optim.freeze, names, () if strict else None)
   never = [index is not None or name in fixed for index, name in zip(matches, names, strict=True)]
-  if all(never):
+  if strict and all(never):  # behind the step in which rates freeze, nothing else need learn
     raise ValueError(f"config.optim.freeze={tuple(config_optim.freeze)!r} matches every parameter; nothing would learn")
   return treedef.unflatten(never)
 

@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from tokred import loading, lora, losses, sharding
-from tokred import sites as tokred_sites
+from tokred import loading, lora, losses, schedules, sharding
 from tokred.config import nearest
 from tokred.model import build, init, without_sites
 from tokred.nn import projectors
 from tokred.nn.vit import ViT
 from tokred.nn.vlm import VLM
+from tokred.rates import LEARNED
 from tokred.train import optim
 from tokred.train.step import State, init_state, make_step
 
@@ -60,7 +60,7 @@ class Phase:
     if 0 < config.rates.freeze_step < total_steps and not learns and not frozen:
       raise ValueError(
         f"config.rates.freeze_step={config.rates.freeze_step}: config.optim.freeze leaves only rates to learn, and "
-        "nothing behind that step; set it to 0: they are frozen at the end in any case"
+        f"nothing behind that step; set it to {total_steps}, the last one, or to 0"
       )
     self.rules = sharding.make_rules(config.mesh)
     self.target = sharding.abstract_sharded(self.new_state, params, mesh=mesh, rules=self.rules)
@@ -109,9 +109,9 @@ class Phase:
     """What moves at a step, an input of the compiled step: counts of scheduled sites, options that are annealed."""
     now = {}
     if self.scheduled:
-      now = tokred_sites.scheduled(self.config.sites.to_dict(), self.module.sites.stack, step)
+      now = schedules.scheduled(self.config.sites.to_dict(), self.module.sites.stack, step)
       now = {name: np.asarray(values, np.int32) for name, values in now.items()}
-    options = tokred_sites.annealed(self.module.sites.spots, step)
+    options = schedules.annealed(self.module.sites.spots, step)
     return now | {name: np.float32(value) for name, value in options.items()} or None
 
 
@@ -157,13 +157,24 @@ def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
   mode, where = config.train.mode, f"with config.train.mode={config.train.mode!r} "
   draws = lambda kind: kind.decides and (mode == "mask" or frozen or not getattr(kind, "samples", False))  # noqa: E731
   deciding = [spot for spot in spots if draws(spot.type)]
+  for term in ("keep_ratio", "global_ratio"):
+    if config.loss[term] and (learns := [spot for spot in deciding if spot.rate in LEARNED]):
+      site, rate = f"sites.{learns[0].site}", learns[0].rate
+      raise ValueError(
+        f"config.loss.{term}={config.loss[term]} holds a selector at its keep rate, but with {site}.rate={rate!r} that "
+        f"is learned; valid: 0.0 (config.loss.budget holds what is learned), or {site}.rate='fixed' with a keep"
+      )
   acts = {
     "budget": (costed, "no site has rate='learned' or 'learned_threshold'"),
     "keep_ratio": (deciding, where + "no site has a reducer that draws who stays, such as 'gumbel'"),
     "global_ratio": (deciding, where + "no site has a reducer that draws who stays, such as 'dyt'"),
+    "min_ratio": (deciding, where + "no site has a reducer that draws who stays, such as 'dyt'"),
     "ponder": ([spot for spot in spots if spot.reducer == "avit"], "no site has reducer='avit'"),
     "halting_prior": ([spot for spot in spots if spot.reducer == "avit"], "no site has reducer='avit'"),
-    "recalibration": ([s for s in spots if s.reducer == "sit_reverse"], "no site has reducer='sit_reverse'"),
+    "recalibration": (
+      [s for s in spots if s.reducer == "sit_reverse" or dict(s.options).get("reverse")],
+      "no site has reducer='sit_reverse', or 'sit' with reverse=True",
+    ),
     "consistency": (spots, "there are no sites"),
     "full_cross_entropy": (spots, "there are no sites"),
     "full_distill": (spots, "there are no sites"),

@@ -16,7 +16,7 @@ from tokred.model import without_sites
 from tokred.nn.vit import ViT
 from tokred.nn.vlm import VLM
 from tokred.sharding import path_name
-from tokred.train.alarms import overlaps
+from tokred.train.alarms import overlaps, selected
 from tokred.train.optim import ema_update
 
 State = dict[str, Any]  # step, params, opt_state, and ema where it is on
@@ -58,7 +58,7 @@ def make_step(
     taught = None if teacher is None else functools.partial(dense.apply, {"params": _overlay(own, teacher, whole)})
     output, terms, accuracy = look(weights, module, params, taught, batch, mode, keeps, streams)
     counts = {f"counts/{name}": count for name, count in counts_by_site(module, output.aux).items()}
-    metrics = terms | {"accuracy": accuracy} | counts | overlaps(module, output)
+    metrics = terms | {"accuracy": accuracy} | counts | overlaps(module, output) | selected(module, output)
     return losses.total(weights, terms), metrics
 
   def step(state: State, batch: dict, keeps: Mapping[str, Any] | None, teacher: Any, seed: Any) -> tuple[State, dict]:
@@ -133,7 +133,9 @@ def _less_reduced(module: ViT, less: int, params: Any, images: jax.Array, rng: j
     left = left if scoped else count
     keeps.setdefault(spot.site, []).append(count)
   keeps = {name: jnp.stack(counts) for name, counts in keeps.items()}
-  return module.apply({"params": params}, images, mode="mask", keeps=keeps)
+  # It is trained as well, so that its depth is stochastic, too; but what goes is drawn here, and by no reducer.
+  rngs = {"depth": jax.random.fold_in(rng, 1)}
+  return module.apply({"params": params}, images, mode="mask", keeps=keeps, rngs=rngs)
 
 
 def transfer(state: State, target: Any) -> State:
