@@ -72,7 +72,7 @@ class DyT(Planner):
       return best, report
     hard, soft = dispatch(logits, self.noise(logits.shape), self.temperature)
     goes = (hard | tokens.protected) & tokens.alive
-    gate = jnp.where(tokens.protected, 1.0, straight_through(goes, soft))
+    gate = jnp.where(free, straight_through(goes, soft), 1.0)  # 1 for the dead, whose earlier gates learn on
     index = jnp.arange(goes.shape[1], dtype=jnp.int32)
     # Who goes round owns itself, with a gate that is 0: the update it does without teaches the dispatcher.
     owner = jnp.where(tokens.alive, index, -1)
