@@ -117,7 +117,7 @@ class Reducer(nn.Module):
     return max(n - removed, self.fewest(n, protected))
 
   def recovered(self, n: Any, source: int) -> Any:
-    """Tokens that leave a reducer that recovers: all that the input had.
+    """Tokens that leave a reducer that recovers: all that the input had.  It is asked of the protected alone, too.
 
     Args:
       n: tokens that arrive, a number or a traced scalar.
