@@ -220,7 +220,7 @@ class Block(nn.Module):
 
     def pool(heads: Array) -> Array:
       rows = outer.replace(x=heads.reshape(*heads.shape[:2], -1), feats={})
-      rows = peaks(rows, plan) if isinstance(plan, PeakPlan) else rows
+      rows = peaks(rows, plan)
       rows = tk.compact(rows, plan, count) if mode == "gather" else tk.fold(rows, plan)
       return rows.x.reshape(*rows.x.shape[:2], *heads.shape[2:])
 
@@ -240,11 +240,13 @@ class Block(nn.Module):
     inner, around = self._enter(tokens, "mlp", aux, run) if self.sites.at(self.layer, "mlp") else (tokens, None)
     update = self._mlp(inner.x)
     out = inner.replace(x=inner.x + self._drop(update, "2", train))
+    out = out if around is None else around.leave(out)
+    if "mlp_update" not in self.sites.needs(self.layer):
+      return out
     if around is not None:
       still = around.replace(outer=tokens.replace(x=jnp.zeros_like(tokens.x)))
-      out, update = around.leave(out), still.leave(inner.replace(x=update)).x
-    wanted = "mlp_update" in self.sites.needs(self.layer)
-    return out.replace(feats=out.feats | {"mlp_update": update}) if wanted else out
+      update = still.leave(inner.replace(x=update)).x
+    return out.replace(feats=out.feats | {"mlp_update": update})
 
   def _mlp(self, x: Array) -> Array:
     dtype = jnp.dtype(self.config.dtype)

@@ -191,7 +191,7 @@ class Planner(Reducer):
 
 def finish(tokens: Tokens, plan: Plan, keep: Any, mode: str, survival: Array | None = None) -> Tokens:
   """Carries a plan out; where nothing goes and no rate learns from the order, the tokens stay as they are."""
-  tokens = peaks(tokens, plan) if isinstance(plan, PeakPlan) else tokens
+  tokens = peaks(tokens, plan)
   if mode == "gather":
     return tokens if keep >= tokens.x.shape[1] else compact(tokens, plan, keep)
   if survival is None:
@@ -204,7 +204,7 @@ def finish(tokens: Tokens, plan: Plan, keep: Any, mode: str, survival: Array | N
 def finish_rows(tokens: Tokens, plan: Plan, capacity: int, mode: str, survival: Array | None = None) -> Tokens:
   """Carries out a plan whose counts differ between images: also at full capacity some tokens are dead."""
   capacity = min(capacity, tokens.x.shape[1])
-  tokens = peaks(tokens, plan) if isinstance(plan, PeakPlan) else tokens
+  tokens = peaks(tokens, plan)
   if mode == "gather" and plan.weight is None:
     return compact(tokens, plan, capacity)
   tokens = fold(tokens, plan, survival=survival)  # `compact` merges only what lies behind the capacity
@@ -305,8 +305,13 @@ class PeakPlan(Plan):
   """A plan whose owners hold no mean, but the largest value of their group, channel by channel; see `peaks`."""
 
 
-def peaks(tokens: Tokens, plan: PeakPlan) -> Tokens:
-  """Tokens whose owners hold the largest values of their groups already; those that are as large share the gradient."""
+def peaks(tokens: Tokens, plan: Plan) -> Tokens:
+  """Tokens whose owners hold the largest values of their groups already, if the plan asks for these.
+
+  Members that are as large share the gradient.
+  """
+  if not isinstance(plan, PeakPlan):
+    return tokens
   x, index, member = tokens.x, jnp.maximum(plan.owner, 0), plan.owner[..., None] >= 0
   values = jax.lax.stop_gradient(x)
   low = jnp.full_like(values, jnp.finfo(x.dtype).min)
