@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from tokred import cost, rates
+from tokred import cost, memory, rates
 from tokred import tokens as tk
 from tokred.config import complete, nearest
 from tokred.layout import Spot, walk
@@ -179,6 +179,7 @@ def read(module: vlm.VLM, mode: str) -> Any:
 @functools.lru_cache(maxsize=32)
 def forward(module: Any, mode: str, report: bool = False) -> Any:
   """Jitted (params, images) -> Output, with an empty `aux` where no report is asked for."""
+  memory.keep_freed()
 
   def run(params: Any, images: Array) -> vit.Output:
     output = module.apply({"params": params}, images, mode=mode)

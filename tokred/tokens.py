@@ -176,15 +176,16 @@ def inverse(order: Array) -> Array:
   return jax.vmap(one)(order)
 
 
-def best(score: Array) -> tuple[Array, Array]:
-  """Largest entry along the last axis and its index, int32; ties go to the lower one.
+def best(score: Array, axis: int = -1) -> tuple[Array, Array]:
+  """Largest entry along an axis and its index, int32; ties go to the lower one.
 
   Two plain reductions: XLA does not vectorise argmax on CPU.
   """
-  top = score.max(-1)
-  index = jnp.arange(score.shape[-1], dtype=jnp.int32)
-  where = jnp.where(score == top[..., None], index, score.shape[-1] - 1)  # no entry equals a NaN
-  return top, where.min(-1)
+  axis %= score.ndim
+  top, last = score.max(axis), score.shape[axis] - 1
+  index = jax.lax.broadcasted_iota(jnp.int32, score.shape, axis)
+  where = jnp.where(score == jnp.expand_dims(top, axis), index, last)  # no entry equals a NaN
+  return top, where.min(axis)
 
 
 def scatters() -> bool:

@@ -13,6 +13,7 @@ from flax import struct
 from jax import export as jax_export
 from ml_collections import ConfigDict
 
+from tokred import memory
 from tokred.config import complete
 from tokred.data.batches import mean_std, normalise
 from tokred.export.folder import FUNCTION, GRAPH, ExportError, read_card
@@ -116,6 +117,7 @@ def load_onnx(directory: str | os.PathLike[str]) -> Callable[[Any], np.ndarray]:
 
 
 def _stablehlo(directory: str | os.PathLike[str]) -> Callable[[Any], jax.Array]:
+  memory.keep_freed()
   return jax.jit(jax_export.deserialize(bytearray((Path(directory) / FUNCTION).read_bytes())).call)
 
 

@@ -79,9 +79,9 @@ class DiffRateMerge(Planner):
     x = jax.lax.stop_gradient(tokens.x).astype(jnp.float32)
     length = jnp.maximum(jnp.linalg.norm(x, axis=-1), jnp.finfo(jnp.float32).tiny)
     # Nothing of (B, N, D) is normalised, and it is the smaller factor that a CPU's product packs.
-    product = jnp.einsum("bjd,bgd->bjg", x, take(x, going), precision="highest").swapaxes(1, 2)
+    product = jnp.einsum("bjd,bgd->bjg", x, take(x, going), precision="highest")
     target = (place < count) & ~tokens.protected & tokens.alive
-    best_sim, match = best(jnp.where(target[:, None], product / length[:, None], -jnp.inf))
+    best_sim, match = best(jnp.where(target[..., None], product / length[..., None], -jnp.inf), axis=1)
     best_sim = best_sim / take(length, going)
     goes = (take(place, going) >= count) & take(tokens.alive, going)
     index = jnp.arange(n, dtype=jnp.int32)

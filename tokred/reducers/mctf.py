@@ -87,7 +87,7 @@ class MCTF(Planner):
     rank_a = rank(-best_a)
     merged_a = (rank_a < forward) & jnp.isfinite(best_a)
     left = jnp.where(merged_a[..., None], -jnp.inf, score)
-    best_b, match_b = best(left.swapaxes(1, 2))
+    best_b, match_b = best(left, axis=1)
     rank_b = rank(-best_b)
     merged_b = (rank_b < removed - forward) & jnp.isfinite(best_b)
 
