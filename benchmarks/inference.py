@@ -1,6 +1,6 @@
 """Speed of reduced models against what their FLOPs promise, and of the dense one against timm's where torch is there.
 
-    python benchmarks/inference.py [--variant=S/16] [--image_size=224] [--batch_size=16] [--rounds=9]
+    python benchmarks/inference.py [--variant=S/16] [--image_size=224] [--batch_size=16] [--rounds=25]
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/inference.py
 
 All models take turns in one process (tokred.bench); a ratio is the median over rounds of two times of the same round.
@@ -51,7 +51,7 @@ def main() -> None:
   parser.add_argument("--variant", default="S/16")
   parser.add_argument("--image_size", type=int, default=224)
   parser.add_argument("--batch_size", type=int, default=16)
-  parser.add_argument("--rounds", type=int, default=9)
+  parser.add_argument("--rounds", type=int, default=25)
   args = parser.parse_args()
   size = (args.image_size, args.image_size)
   images = np.random.default_rng(0).normal(size=(args.batch_size, *size, 3)).astype(np.float32)
@@ -66,7 +66,7 @@ def main() -> None:
   }
   if timm := timm_dense(args.variant, images):
     calls["timm, SDPA"] = timm
-  times = bench.interleave(calls, rounds=args.rounds, min_seconds=1.0)
+  times = bench.interleave(calls, rounds=args.rounds, min_seconds=0.25)  # short turns: the machine drifts
   dense, macs = times["dense"].rounds, built["dense"].macs
   where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   print(f"{where}, batch {args.batch_size}, float32, {args.rounds} rounds")
