@@ -22,7 +22,8 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
   anneal       ((option, from, to, first step, last step), ...): an option of the reducer, such as a temperature, that
                goes geometrically from one value to the other while training
   position     llm: original (those that stay keep their positions) or reindex (they are counted anew from 0)
-  of           llm: what a share is one of: arriving (visual tokens), or input (those that the language model got)
+  of           llm: what a share is one of: arriving (visual tokens), or input (those that the language model got), which
+               is the rule of reducers whose shares are of the input elsewhere, too (gumbel)
   proportional log(size) biases attention from here on; the reducer's own rule where it is not given
 
 Every other field is an option of the reducer, that is a field of its class.
@@ -196,10 +197,13 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
   if position not in POSITIONS or ("position" in site and stack.name != "llm"):
     valid = nearest(str(position), POSITIONS) if stack.name == "llm" else "only sites with stack='llm' have a policy"
     raise ValueError(f"{field}.position={position!r} is not a policy; {valid}")
-  whole = site.get("of", "arriving")
+  from_input = stack.name == "llm" and any(cls.from_input for cls in classes)
+  whole = site.get("of", "input" if from_input else "arriving")
   if whole not in WHOLES or ("of" in site and stack.name != "llm"):
     valid = nearest(str(whole), WHOLES) if stack.name == "llm" else "only sites with stack='llm' have it"
     raise ValueError(f"{field}.of={whole!r} is not what a share is of; {valid}")
+  if from_input and whole != "input":
+    raise ValueError(f"{field}.of={whole!r}: keep rates of {names} are shares of the input; leave it out, or 'input'")
   options = _options(field, site, names, classes)
   common = dict(position=position, of=whole, site=name, place=place, rate=rate, granularity=site.get("granularity", 1))
   thresholds = site.get("threshold", 0.0)

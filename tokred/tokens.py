@@ -54,12 +54,19 @@ class Plan:
 
 
 APPENDED = "state/appended"  # (B, N) bool feature: behind the prompt, so that it must decide for itself
+SOURCE = "state/source"  # (B, N) int32 feature: how many unprotected tokens its row had at first, padding not counted
 
 
 def of_prompt(tokens: Tokens) -> Array:
   """(B, N) bool: alive, and not appended behind the prompt of a language model."""
   appended = tokens.feats.get(APPENDED)
   return tokens.alive if appended is None else tokens.alive & ~appended
+
+
+def at_first(tokens: Tokens) -> Array:
+  """(B,): unprotected tokens of each row before anything was reduced, padding not counted."""
+  given = tokens.feats.get(SOURCE)
+  return (~tokens.protected).sum(1) if given is None else given.max(1)
 
 
 def start(x: Array, num_prefix_tokens: int = 0, position: Array | None = None) -> Tokens:

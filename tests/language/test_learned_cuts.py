@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from languages import QUICK, batch, check_cache, learned
 
+from tokred.nn import budget
 from tokred.reducers.atp import spread
 from tokred.reducers.dyvte import exit_loss
 from tokred.reducers.glimpse import mask_loss
@@ -122,3 +123,29 @@ def test_frames_that_repeat():
   """The second frame of a clip repeats the first but for its last token, which is turned; the next clip begins anew."""
   x = jnp.asarray([[[1.0, 0], [0, 2]], [[3, 0], [2, 0]], [[1, 0], [0, 1]], [[1, 1], [0, -1]]])
   np.testing.assert_allclose(likeness(x, 2), [[0, 0], [1, 0], [0, 0], [0.5**0.5, -1]], atol=1e-6)
+
+
+def test_a_drawn_share_is_of_what_was_there_and_of_what_ships():
+  """Gumbel in two layers: padding is no part of the share that the loss holds, and both keep rates are of the input."""
+  module, params = made("gumbel", layers=(0, 1), keep=(0.75, 0.5))
+  ids, mask, protected = batch()
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def drawn(mask):
+    streams, inputs = dict(reduce=jax.random.key(0)), dict(mask=mask, protected=protected & mask)  # as `vlm` joins them
+    return module.apply({"params": params}, ids, **inputs, train=True, mode="mask", rngs=streams)
+
+  for there in (mask, mask & (np.arange(16) < 12)):
+    out = drawn(there)
+    alive = [np.asarray(out.aux[f"owner/{layer}"])[:, :16] >= 0 for layer in (0, 1)]
+    visual = there & ~protected
+    want = [(left & visual).sum(1) / visual.sum(1) for left in alive]
+    share = [np.asarray(value) for _, value in sorted(out.aux["reduce/a/kept_share"].items())]
+    np.testing.assert_allclose(share, want, atol=1e-6)
+  assert [spot.wanted for spot in module.sites.spots] == [0.75, 0.5]
+  known = budget.census(mask, protected & mask)
+  out = jax.jit(lambda: module.apply({"params": params}, ids, mask=mask, protected=protected & mask, known=known))()
+  left = (np.asarray(out.tokens.owner)[:, :16] >= 0) & mask & ~protected
+  assert left.sum(1).tolist() == [4, 5]  # ceil(0.5 * 7) and ceil(0.5 * 9): of the input, not 3 and 4 of what arrives
+  with pytest.raises(ValueError, match=r"sites\.a\.of='arriving'.*'gumbel'.*input"):
+    made("gumbel", of="arriving")

@@ -169,6 +169,8 @@ class Decoder(nn.Module):
     more = {SEGMENT: segment, APPENDED: appended} | dict(state or {})
     if any(spot.reducer == "atp" for spot in self.sites.spots):
       more[VISUAL] = jnp.maximum(jnp.cumsum(mask & ~protected, axis=1, dtype=jnp.int32) - 1, 0)
+    if any(spot.type.from_input for spot in self.sites.spots):
+      more[tk.SOURCE] = jnp.broadcast_to((mask & ~protected).sum(1, keepdims=True, dtype=jnp.int32), mask.shape)
     tokens = _start(x, gate, protected, position, {name: jnp.asarray(a) for name, a in more.items() if a is not None})
     keeps = {}
     if self.sites.spots:

@@ -206,9 +206,10 @@ class Tower(nn.Module):
     there = place >= 0
     moved = jax.tree.map(lambda a: tk.take(a, jnp.maximum(place, 0)), (x, feats))
     tokens = tk.start(jnp.where(there[..., None], moved[0], 0))
-    tokens = tokens.replace(mask=there, owner=jnp.where(there, tokens.owner, -1), feats=moved[1])
     spots, keeps = self.sites.at(-1, "output"), {}
     count, slots = there.sum(1, dtype=jnp.int32), there.shape[1]
+    feats = moved[1] | {tk.SOURCE: jnp.broadcast_to(count[:, None], there.shape)}
+    tokens = tokens.replace(mask=there, owner=jnp.where(there, tokens.owner, -1), feats=feats)
     for spot in spots:
       table = [share(spot, n) for n in range(slots + 1)]
       count, slots = jnp.asarray(table, jnp.int32)[count], table[-1]

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from tokred import rates
 from tokred.layout import Spot
-from tokred.tokens import Array, Tokens
+from tokred.tokens import Array, Tokens, at_first
 
 
 class Step(nn.Module):
@@ -56,8 +56,8 @@ class Step(nn.Module):
     arrived = tokens
     tokens, report = reducer(arrived, keep, train=train, mode=mode)
     if "kept_share" in report and spot.rate == "scheduled":  # what `spot.wanted` is while the count moves
-      free = ~arrived.protected if spot.type.from_input else arrived.alive & ~arrived.protected
-      share = (keep - spot.protected) / jnp.maximum(free.sum(1), 1)
+      free = at_first(arrived) if spot.type.from_input else (arrived.alive & ~arrived.protected).sum(1)
+      share = (keep - spot.protected) / jnp.maximum(free, 1)
       report |= {"wanted_share": jnp.minimum(share.mean(), 1.0)}
     if "count" in report:
       return tokens, report

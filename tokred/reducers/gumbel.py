@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tokred.reducers.base import Planner, decided, keep_top, register, soft_top
-from tokred.tokens import Array, Plan, Tokens, straight_through
+from tokred.tokens import Array, Plan, Tokens, at_first, straight_through
 
 
 class Predictor(nn.Module):
@@ -86,6 +86,6 @@ class Gumbel(Planner):
     kept = keeps & tokens.alive
     index = jnp.arange(kept.shape[1], dtype=jnp.int32)
     order = decided(tokens, kept)
-    share = (weight * gate).sum(1) / jnp.maximum((~tokens.protected).sum(1), 1)
+    share = (weight * gate).sum(1) / jnp.maximum(at_first(tokens), 1)
     plan = Plan(owner=jnp.where(kept, index, -1), order=order, gate=gate)
     return plan, {"score": logits[..., 0], "kept_share": share}
