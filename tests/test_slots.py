@@ -149,6 +149,10 @@ def test_sit_in_a_model():
   )[0]
   assert shape(train=True, mode="mask").aux["reduce/undo/recovered"][0].shape == (2, 64, 96)
 
+  slim = dict(reducer="sit", layers=(1,), keep=0.5, place="before", reverse=True)
+  with pytest.raises(ValueError, match=r"sites\.slim.*reverse=True at place='before'.*'after'"):
+    model("public_vit", dict(slim=slim))
+
 
 @pytest.mark.thorough
 def test_sit_in_stages():

@@ -234,7 +234,7 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
         field, site, rate, stack, _values(field, site, slot, len(names), where, len(layers), "initial")[0]
       )
       drafts.append(dict(draft, keep=keep, r=removed, proportional=proportional))
-      for need in cls(**dict(draft["options"])).needed():
+      for need in _needed(field, cls, draft["options"]):
         if need == "cls_attention" and not stack.has_cls:
           raise ValueError(
             f"{field}.reducer={reducer!r} scores by cls_attention, but config.model.pool leaves this model without a "
@@ -264,11 +264,16 @@ def _options(field: str, site: dict, names: tuple[str, ...], classes: list[type]
         raise ValueError(f"{field}.{option.name}={value!r} must be of type {kind.__name__}")
   options = [tuple(sorted((k, v) for k, v in given.items() if k in fields)) for fields in own]
   for cls, chosen in zip(classes, options, strict=True):
-    try:
-      cls(**dict(chosen)).needed()
-    except ValueError as error:
-      raise ValueError(f"{field}.{error}") from None
+    _needed(field, cls, chosen)
   return options
+
+
+def _needed(field: str, cls: type[base.Reducer], options: tuple[tuple[str, Any], ...]) -> tuple[str, ...]:
+  """Features that a reducer asks for; its errors name the site."""
+  try:
+    return cls(**dict(options)).needed()
+  except ValueError as error:
+    raise ValueError(f"{field}.{error}") from None
 
 
 def _span(steps: Any) -> bool:

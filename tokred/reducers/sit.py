@@ -76,6 +76,14 @@ class SiT(Reducer):
   reverse: bool = False  # reports what SiTReverse makes of the slots, for training
   patches: int = 0  # of SiTReverse
   prefix: int = -1  # likewise
+  place: str = "after"  # where it stands, which its site fills in
+
+  def needed(self) -> tuple[str, ...]:
+    if self.reverse and self.place not in SiTReverse.places:
+      raise ValueError(
+        f"reverse=True at place={self.place!r}: the loss compares with what leaves a block; valid: place='after'"
+      )
+    return self.needs
 
   def count(self, keep: float, n: int, protected: int, source: int) -> int:
     return min(n, int(source * keep) + protected)
