@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -76,6 +77,26 @@ def test_finished_runs_are_skipped_and_others_added(swept, monkeypatch):
   assert json.loads((folder / "summary.json").read_text())["accuracy"] == rows[2]["accuracy"]
   added = sweep.run(config(methods=("tome",), budgets=(0.8,)), workdir)
   assert added[:3] == rows and added[3]["budget"] == 0.8
+
+
+def test_speed_is_taken_later_without_training_again(swept, tmp_path):
+  c = config(methods=("tome", "evit"), init=str(swept[0] / "dense"))
+  speeds = ("images_per_second", "dense_images_per_second", "speedup", "speedup_low", "speedup_high", "batch_size")
+  with c.unlocked():
+    c.bench.rounds = 0
+  untimed = sweep.run(c, tmp_path)
+  assert all(math.isnan(row["speedup"]) and not row["batch_size"] for row in untimed)
+  (folder,) = (tmp_path / "runs").iterdir()
+  log = (folder / "metrics.jsonl").read_bytes()
+  with c.unlocked():
+    c.bench.rounds = 1
+  timed = sweep.run(c, tmp_path)
+  rest = lambda rows: [{k: v for k, v in row.items() if k not in (*speeds, "device")} for row in rows]  # noqa: E731
+  assert rest(timed) == rest(untimed) and all(row["speedup"] > 0 and row["batch_size"] == 2 for row in timed)
+  assert [folder] == list((tmp_path / "runs").iterdir()) and (folder / "metrics.jsonl").read_bytes() == log
+  with c.unlocked():
+    c.bench.rounds = 0
+  assert sweep.run(c, tmp_path) == timed  # and is not lost again
 
 
 def test_the_table():

@@ -22,8 +22,8 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
   anneal       ((option, from, to, first step, last step), ...): an option of the reducer, such as a temperature, that
                goes geometrically from one value to the other while training
   position     llm: original (those that stay keep their positions) or reindex (they are counted anew from 0)
-  of           llm: what a share is one of: arriving (visual tokens), or input (those that the language model got), which
-               is the rule of reducers whose shares are of the input elsewhere, too (gumbel)
+  of           llm: what a share is one of: arriving (visual tokens), or input (those that the language model got); a
+               reducer whose shares are of the input elsewhere (gumbel) has them of the input here
   proportional log(size) biases attention from here on; the reducer's own rule where it is not given
 
 Every other field is an option of the reducer, that is a field of its class.

@@ -151,13 +151,14 @@ def recipe(config: ConfigDict, name: str, budget: float, seed: int, init: str = 
 def _one(
   config: ConfigDict, workdir: Path, init: str, dense: Model, name: str, budget: float, seed: int
 ) -> dict[str, Any]:
-  """One run, unless results.csv has it already."""
+  """One run, unless results.csv has it already; of one that has no speed yet, only this is taken."""
   method, trained = config.table[name.removesuffix(TUNED)], _trained(config, name)
   made = recipe(config, name, budget, seed, init)
   digest = _digest(config, made, method, trained)
   found = {tuple(row[k] for k in KEY): row for row in read(workdir / "results.csv")}.get((name, budget, seed))
-  if found and found["digest"] == digest:
-    return found
+  done = found if found and found["digest"] == digest else None
+  if done and (not config.bench.rounds or done["batch_size"] == config.bench.batch_size):
+    return done
   print(f"sweep: {name} at {budget}, seed {seed}", flush=True)
   if search := method.get("search", ""):
     model = dataclasses.replace(loading.load(init, sites=made.sites.to_dict()), config=made)
@@ -174,7 +175,7 @@ def _one(
     result |= tokred_evaluate.evaluate(model, mode="gather")
   row = dict(zip(KEY, (name, budget, seed), strict=True)) | {"trained": int(trained), "digest": digest}
   row |= {"accuracy": result["accuracy"], "gflops": model.flops / 1e9, "share": model.macs / dense.macs}
-  row |= {"counts": " ".join(map(str, model.counts)), "seconds": result["seconds"]}
+  row |= {"counts": " ".join(map(str, model.counts)), "seconds": (done or result)["seconds"]}
   row |= {"steps": made.train.steps if trained else 0} | _speed(config, model, dense)
   rows = [r for r in read(workdir / "results.csv") if tuple(r[k] for k in KEY) != (name, budget, seed)]
   write(workdir, [*rows, row])
@@ -319,10 +320,10 @@ def _calibration(config: ConfigDict, made: ConfigDict) -> Iterable[dict[str, Any
 
 
 def _digest(config: ConfigDict, made: ConfigDict, method: Mapping[str, Any], trained: bool) -> str:
-  """Short name of all that decides a row, paths of data and of this sweep's own dense run left out."""
+  """Short name of all that decides an accuracy, paths of data and of this sweep's own dense run left out."""
   full = made.to_dict() | {"init": config.init}
   full["data"] = {name: value for name, value in full["data"].items() if name not in ("data_dir", "num_workers")}
-  full |= {"dense": config.dense.train.to_dict(), "bench": config.bench.to_dict(), "trained": trained}
+  full |= {"dense": config.dense.train.to_dict(), "trained": trained}
   search, settle, images = method.get("search", ""), method.get("settle", ""), config.calibrate.to_dict()
   full |= {"search": (search, images) if search else ""}
   full |= {"settle": (settle, images)} if settle else {}  # others keep the names that they had before there was such
