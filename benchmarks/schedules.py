@@ -1,6 +1,6 @@
 """How much it matters where tokens go: random schedules of one reducer, all at one cost, on a dense checkpoint.
 
-    python benchmarks/schedules.py --init=runs/sweep_fashion/dense [--budget=0.6] [--reducer=tome] [--number=24]
+    python benchmarks/schedules.py --init=runs/sweep_fashion/dense [--budget=0.6] [--reducer=tome] [--number=30]
 
 Each schedule splits what is removed at random over the blocks (all splits as likely), and is scaled until it costs the
 budget.  Printed as CSV: tokens after each block, accuracy on the test split and the mean KL(dense || reduced) there,
@@ -47,7 +47,7 @@ def main() -> None:
   parser.add_argument("--init", required=True, help="a run directory or an export of a dense model")
   parser.add_argument("--budget", type=float, default=0.6)
   parser.add_argument("--reducer", default="tome")
-  parser.add_argument("--number", type=int, default=24)
+  parser.add_argument("--number", type=int, default=30)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--counts", nargs="*", default=(), help="more of them, as 'tokens' below: '41 32 22 13 8'")
   args = parser.parse_args()
