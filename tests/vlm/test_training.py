@@ -13,8 +13,11 @@ from PIL import Image
 import tokred
 from tokred import sharding
 from tokred.budgets import judge
-from tokred.losses import answers
+from tokred.config import complete
+from tokred.losses import answers, reported
+from tokred.model import init
 from tokred.train.loop import train
+from tokred.train.phase import Phase
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from configs import vlm_easy, vlm_llava, vlm_methods
@@ -174,6 +177,42 @@ def test_recipes_build(method):
   model = tokred.build(config)
   dense = tokred.build(vlm_easy.get_config())
   assert model.macs < dense.macs and (method == "pdrop" or model.module.left() in (6, 7))
+
+
+def test_a_temperature_falls_in_the_language_model():
+  """Half way from 4 to 1 it is 4 (1/4)^0.5 = 2: the model learns what one with temperature=2 learns."""
+
+  def phase(**options):
+    config = vlm_easy.get_config()
+    site = dict(stack="llm", layers=(0,), place="before", reducer="gumbel", keep=0.5, **options)
+    with config.unlocked():
+      config.model.depth, config.llm.depth, config.sites = 1, 1, dict(select=site)
+      config.train.mode, config.loss.keep_ratio = "mask", 2.0
+    return Phase(complete(config), sharding.make_mesh(config.mesh), 1000)
+
+  moving, fixed = phase(anneal=(("temperature", 4.0, 1.0, 0, 10),)), phase(temperature=2.0)
+  assert moving.keeps(5) == {"select.temperature": 2.0} and fixed.keeps(5) is None
+  params = init(fixed.module, 0)
+
+  def slope(phase, keeps):
+    def share(params):
+      out = phase.module.apply(
+        {"params": params},
+        **phase.module.example(),
+        train=True,
+        mode="mask",
+        keeps=keeps,
+        rngs=dict(reduce=jax.random.key(0)),
+      )
+      return reported(phase.module, out, "kept_share").popitem()[1].sum()
+
+    return np.asarray(
+      jax.jit(jax.grad(share))(params)["llm"]["block_0"]["reduce"]["select"]["gumbel"]["predictor"]["out3"]["kernel"]
+    )
+
+  wanted = slope(fixed, None)
+  np.testing.assert_allclose(slope(moving, moving.keeps(5)), wanted, rtol=1e-5)
+  assert not np.allclose(slope(moving, moving.keeps(10)), wanted)
 
 
 LLAVA = Path(__file__).resolve().parents[3] / "shared" / "golden" / "vlm" / "hf" / "llava_clip_llama"

@@ -79,6 +79,7 @@ class Decoder(nn.Module):
     places: Places | None = None,
     train: bool = False,
     mode: str = "gather",
+    options: Mapping[str, Array] | None = None,
   ) -> Output:
     """The whole sequence at once, as in training; nothing is cached.
 
@@ -99,12 +100,13 @@ class Decoder(nn.Module):
       places: where the S tokens stand in a longer sequence, in which attention takes place: virtual unmerging.
       train: whether reducers may sample; randomness comes from the stream "reduce".
       mode: "mask" (all stay in place) or "gather" (those that leave are gone).
+      options: values of options that move while training, by "<site>.<option>".
 
     Raises:
       ValueError: texts share rows, or tokens have several places, and sites, which count by row, act here.
     """
     tokens, aux, _ = self._forward(
-      ids, x, mask, protected, position, last, segment, state, known, places, train, mode, None
+      ids, x, mask, protected, position, last, segment, state, known, places, train, mode, None, options
     )
     return Output(self.logits(tokens.x), tokens, aux)
 
@@ -149,6 +151,7 @@ class Decoder(nn.Module):
   def _forward(
     self, ids: Any, x: Any, mask: Any, protected: Any, position: Any, last: Any, segment: Any, state: Any,
     known: Census | None, places: Places | None, train: bool, mode: str, room: int | None,
+    options: Mapping[str, Array] | None = None,
   ) -> tuple[Tokens, dict[str, Any], Cache | None]:  # fmt: skip
     if places is not None and self.sites.spots:
       raise ValueError(f"sites.{self.sites.spots[0].site}.stack='llm' cannot stand where tokens have several places")
@@ -182,7 +185,7 @@ class Decoder(nn.Module):
       text, free, asked = (
         (a & b).sum(1, dtype=jnp.int32) for a, b in ((mask, protected), (mask, ~protected), (prompt, protected))
       )
-      keeps = budget.rows(self.sites, caps, slots, text, free, asked, train)
+      keeps = budget.rows(self.sites, caps, slots, text, free, asked, train) | dict(options or {})
     if places is not None:
       places = places.replace(owner=jnp.maximum(tk.take(tokens.owner, places.owner), 0))
     last_place = last_position(tokens.position, tokens.alive) if places is None else places.last

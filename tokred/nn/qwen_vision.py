@@ -172,13 +172,16 @@ class Tower(nn.Module):
   attention: str = "auto"
 
   @nn.compact
-  def __call__(self, frames: Frames, *, train: bool = False, mode: str = "gather") -> Output:
+  def __call__(
+    self, frames: Frames, *, train: bool = False, mode: str = "gather", options: Mapping[str, Array] | None = None
+  ) -> Output:
     """Encodes frames.
 
     Args:
       frames: of `arrange`.
       train: whether reducers may sample; randomness comes from the stream "reduce".
       mode: "mask" or "gather"; a frame keeps a share of its own tokens, whatever is in the batch.
+      options: values of options that move while training, by "<site>.<option>".
     """
     s, dtype = self.shape, jnp.dtype(self.dtype)
     norm = functools.partial(nn.RMSNorm if s.gated else nn.LayerNorm, epsilon=s.norm_eps, dtype=dtype)
@@ -198,15 +201,17 @@ class Tower(nn.Module):
     x = norm(name="norm")(x).reshape(batch, -1, s.unit * s.width)
     group = lambda a: a.reshape(batch, -1, s.unit, *a.shape[2:]).mean(2)  # noqa: E731
     feats = {name: group(a.reshape(batch, length, *a.shape[2:])) for name, a in feats.items()}
-    return self._reduce(frames, x, feats, train, mode)
+    return self._reduce(frames, x, feats, train, mode, options)
 
-  def _reduce(self, frames: Frames, x: Array, feats: dict[str, Array], train: bool, mode: str) -> Output:
+  def _reduce(
+    self, frames: Frames, x: Array, feats: dict[str, Array], train: bool, mode: str, options: Mapping[str, Array] | None
+  ) -> Output:
     """Tokens row by row, those that frames of other sizes do not have behind the last, and the site behind them."""
     place = jnp.asarray(frames.place)
     there = place >= 0
     moved = jax.tree.map(lambda a: tk.take(a, jnp.maximum(place, 0)), (x, feats))
     tokens = tk.start(jnp.where(there[..., None], moved[0], 0))
-    spots, keeps = self.sites.at(-1, "output"), {}
+    spots, keeps = self.sites.at(-1, "output"), dict(options or {})
     count, slots = there.sum(1, dtype=jnp.int32), there.shape[1]
     feats = moved[1] | {tk.SOURCE: jnp.broadcast_to(count[:, None], there.shape)}
     tokens = tokens.replace(mask=there, owner=jnp.where(there, tokens.owner, -1), feats=feats)

@@ -42,11 +42,12 @@ class QwenVLM(VLM):
     self, images: Frames, slot: Array, train: bool = False, mode: str = "gather", keeps: Mapping[str, Any] | None = None
   ) -> tuple[Tokens, Array, dict[str, Any]]:
     """See VLM; the four patches of a token have been put together by the tower, and the projector is Qwen's merger."""
-    if keeps:
+    options = {name: value for name, value in (keeps or {}).items() if "." in name}
+    if keeps and keeps.keys() - options.keys():
       raise ValueError(f"keeps={sorted(keeps)}: counts of frames of different sizes come from the sites' shares")
     if slot.shape != images.place.shape:
       raise ValueError(f"slot of shape {slot.shape}; valid: {images.place.shape}, as the frames'")
     frames = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), images)
-    seen = self.tower(frames, train=train, mode=mode)
+    seen = self.tower(frames, train=train, mode=mode, options=options)
     tokens = self.projector(seen.tokens)
     return tokens, tk.take(slot.reshape(-1, slot.shape[-1]), tokens.position), seen.aux

@@ -196,16 +196,20 @@ class VLM(nn.Module):
       known: of `known`, needed in gather mode; in mask mode none.
       train: whether reducers may sample; randomness comes from the stream "reduce".
       mode: "mask" (all stay in place) or "gather" (those that leave are gone).
-      keeps: counts that replace those of the tower's sites, {site: (spots,) int}.
+      keeps: counts that replace those of the tower's sites, {site: (spots,) int}, and values of options that move
+        while training, by "<site>.<option>", in either stack.
 
     Returns:
       Output; its `tokens.owner` (B, S) tells where each token of ids is now, so that
       `tokens.restore(logits, output.tokens.owner)` has the logits at ids.
     """
+    own, keeps = {spot.site for spot in self.llm.sites.spots}, keeps or {}
+    options = {name: value for name, value in keeps.items() if name.partition(".")[0] in own}
+    keeps = {name: value for name, value in keeps.items() if name not in options} or None
     joined, owner, report = self._join(ids, images, slot, mask, position, segment, known, train, mode, keeps)
     last = None if last is None else jnp.maximum(tk.take(owner, last[:, None])[:, 0], 0)
     census = known.census if known else None
-    out = self.llm(**joined, last=last, known=census, train=train, mode=mode)
+    out = self.llm(**joined, last=last, known=census, train=train, mode=mode, options=options)
     return self._whole(out, owner, report)
 
   def prefill(

@@ -111,7 +111,7 @@ class Phase:
     if self.scheduled:
       now = schedules.scheduled(self.config.sites.to_dict(), self.module.sites.stack, step)
       now = {name: np.asarray(values, np.int32) for name, values in now.items()}
-    options = schedules.annealed(self.module.sites.spots, step)
+    options = schedules.annealed(self.module.spots, step)
     return now | {name: np.float32(value) for name, value in options.items()} or None
 
 
