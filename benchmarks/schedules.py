@@ -1,6 +1,6 @@
 """How much it matters where tokens go: random schedules of one reducer, all at one cost, on a dense checkpoint.
 
-    python benchmarks/schedules.py --init=runs/sweep_fashion/dense [--budget=0.6] [--reducer=tome] [--number=30]
+    python benchmarks/schedules.py --init=runs/sweep_dense/dense [--budget=0.6] [--reducer=tome] [--number=30]
 
 Each schedule splits what is removed at random over the blocks (all splits as likely), and is scaled until it costs the
 budget.  Printed as CSV: tokens after each block, accuracy on the test split and the mean KL(dense || reduced) there,
