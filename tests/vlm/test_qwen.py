@@ -129,6 +129,36 @@ def test_text_is_that_without_a_cache(name):
   np.testing.assert_array_equal(alone.tokens[0], text[0])
 
 
+def test_a_selector_in_the_tower():
+  """Its share is one of the tokens that a frame has, not of the 6 slots of the largest; its temperature may move."""
+  site = dict(reducer="gumbel", place="output", keep=0.5, anneal=(("temperature", 4.0, 1.0, 0, 9),))
+  module = QwenVLM(
+    qwen_vision.make(TOWER, dict(out=site)), qwen_vision.Merger(16), decoder.make(TEXT), image_token=IMAGE
+  )
+  inputs, streams = batch(), dict(reduce=jax.random.key(0))
+  params = jax.jit(lambda: module.init(dict(streams, params=jax.random.key(1)), **module.example(), mode="mask"))()[
+    "params"
+  ]
+
+  @jax.jit
+  def slope(params, temperature):
+    def shares(params):
+      kinds = dict(train=True, mode="mask", keeps={"out.temperature": temperature}, rngs=streams)
+      share = module.apply({"params": params}, **inputs, **kinds).aux["reduce/out/kept_share"][0]
+      return share.sum(), share
+
+    grads, share = jax.grad(shares, has_aux=True)(params)
+    return grads["tower"]["reduce"]["out"]["gumbel"]["predictor"]["out3"]["kernel"], share
+
+  (warm, share), (cold, same) = slope(params, 4.0), slope(params, 1.0)
+  np.testing.assert_array_equal(share, same)  # who stays is drawn by the noise, at any temperature
+  count = (np.asarray(inputs["images"].place) >= 0).sum(-1).reshape(-1)
+  assert count.tolist() == [6, 0, 0, 4, 6, 6]
+  kept = np.asarray(share) * count
+  np.testing.assert_allclose(kept, kept.round(), atol=1e-5)
+  assert kept[3] in (1, 2, 4) and not np.allclose(warm, cold)  # of 6 slots 1, 2, 4 would be 2/3, 4/3, 8/3
+
+
 def test_positions_on_three_axes_by_hand():
   """Row 1: text 0; 4 x 1 tokens at 1 + (0, i, 0); text at 5 and 6; frames at 7 + (t, i, j), to 7 + 2; text from 10."""
   inputs = batch()
