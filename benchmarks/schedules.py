@@ -26,13 +26,14 @@ def measured(model: tokred.Model, dense: tokred.Model, batches: Iterable[Mapping
   """counts -> accuracy in percent and mean KL(dense || reduced); one program serves all counts."""
 
   @jax.jit
-  def sums(params: Any, image: Any, label: Any, mask: Any, keeps: Any) -> Any:
-    log_p = jax.nn.log_softmax(dense.module.apply({"params": params}, image).logits)
+  def sums(params: Any, image: Any, log_p: Any, label: Any, mask: Any, keeps: Any) -> Any:
     log_q = jax.nn.log_softmax(model.module.apply({"params": params}, image, mode="mask", keeps=keeps).logits)
     right, far = log_q.argmax(-1) == label, (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
     return jnp.stack([jnp.where(mask, value, 0.0).sum() for value in (right, far, mask)])
 
   kept = [{name: jnp.asarray(batch[name]) for name in ("image", "label", "mask")} for batch in batches]
+  for batch in kept:
+    batch["log_p"] = jax.nn.log_softmax(dense(batch["image"]).logits)
 
   def run(counts: Sequence[int]) -> tuple[float, float]:
     keeps = {site: np.asarray(n, np.int32) for site, n in schedules.by_site(model.module.sites.spots, counts).items()}
