@@ -158,7 +158,8 @@ METHODS: dict[str, dict[str, Any]] = {
   # Recovery
   "stvit_recover": dict(
     sites=dict(
-      semantic=dict(reducer="stvit", layers="once"), back=dict(reducer="recover", layers="last", place="before")
+      semantic=dict(reducer="stvit", layers="once", place="around", until=-2),
+      back=dict(reducer="stvit_recover", layers="exit"),
     ),
     tune=True,
   ),

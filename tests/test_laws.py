@@ -44,7 +44,8 @@ EXCEPT = {  # laws that a method breaks by what it is
   "prumerge": (1, 4, 6, 10),  # decide themselves how many
   "spa": (1, 2, 4, 6, 7, 9, 11),  # a gate decides how many, and images of a group share rows; tests/test_spa.py
 }
-UNFIT = {"stvit"}  # keeps square numbers of tokens, which the harness does not ask for; tests/test_fusion.py
+# They keep square numbers of tokens, which the harness does not ask for, and end a scope; tests/test_slots.py
+UNFIT = {"stvit", "stvit_recover"}
 UNFIT |= {name for name, cls in REGISTRY.items() if "encoder" not in cls.stacks}  # tests/language
 UNFIT |= {"hiprune"}  # reads what another site remembers; by another score below
 # Training-free, and met by numbers in both modes in tests/vlm or test_fusion.py: their laws are thorough.

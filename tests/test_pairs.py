@@ -22,7 +22,8 @@ PLAIN = {
 }  # fmt: skip
 PLAIN |= {"stts"}
 READERS = {name for name, cls in REGISTRY.items() if "encoder" not in cls.stacks}
-NAMES = sorted(set(REGISTRY) - PLAIN - READERS - {"clca"})  # whose site is one of all blocks
+# clca's site is one of all blocks, and stvit_recover's ends a scope.
+NAMES = sorted(set(REGISTRY) - PLAIN - READERS - {"clca", "stvit_recover"})
 KEEP = {"stvit": 10, "mctf": 10}  # nine and CLS, below which MCTF leaves all; the others are asked for shares
 # What cannot be: two at the output, two behind a block (A-ViT acts in all), others among images that share rows.
 LAST, BEHIND = ("autoencoder", "recover"), ("avit", "sit", "sit_reverse", "spa", "stvit")

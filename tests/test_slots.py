@@ -13,7 +13,7 @@ from test_fusion import both, make, run
 
 import tokred
 from tokred import config as defaults
-from tokred import losses
+from tokred import cost, losses
 from tokred import tokens as tk
 from tokred.nn import vit
 from tokred.reducers import sit, stvit, transforming
@@ -488,3 +488,78 @@ def test_stvit_in_a_model():
   init = functools.partial(module.init_with_output, jax.random.key(0), mode="mask")
   out, _ = jax.eval_shape(init, jnp.zeros((2, 64, 64, 3)))
   assert out.tokens.x.shape == (2, 65, 96)
+
+
+def test_stvit_recover_reads_the_semantic_tokens():
+  """Queries of zero attend evenly to the semantic tokens alone, not to CLS: through identities the mean of their LN.
+
+  LN(3, 1) = (1, -1) and LN(1, 5) = (-1, 1), whose mean is 0; with the second dead it is (1, -1).  CLS stays.
+  """
+  tokens = make([[[7.0, 9.0], [3.0, 1.0], [1.0, 5.0]]], prefix=1)
+  tokens = tokens.replace(
+    owner=jnp.asarray([[0, 1, 1, 2]], jnp.int32), feats={"outer": jnp.arange(8.0).reshape(1, 4, 2)}
+  )
+  reducer = stvit.STViTRecover(layer_scale=0.0)
+  params = reducer.init(jax.random.key(0), tokens, 3, train=False, mode="gather")["params"]["refine"]
+  attend = jax.tree.map(jnp.zeros_like, params["attn"])
+  attend["value"]["kernel"], attend["out"]["kernel"] = jnp.eye(2)[:, None], jnp.eye(2)[None]
+  variables = {"params": {"refine": params | {"attn": attend, "scale1": jnp.ones(2)}}}
+  for alive, adds in ([[True, True, True]], [0.0, 0.0]), ([[True, True, False]], [1.0, -1.0]):
+    out, _ = reducer.apply(variables, tokens.replace(mask=jnp.asarray(alive)), 3, train=False, mode="mask")
+    want = np.arange(8.0).reshape(4, 2) + adds
+    np.testing.assert_allclose(out.x[0], [[7.0, 9.0], *want[1:]], atol=1e-5)
+    assert out.owner.tolist() == [[0, 1, 2, 3]] and out.protected.tolist() == [[True, False, False, False]]
+
+
+SCOPE = dict(reducer="stvit", layers=(2,), place="around", until=4, keep=17)
+
+
+@pytest.mark.parametrize("cut", [None, dict(reducer="topk", layers=(0,), keep=0.6, score="token_norm")])
+def test_stvit_around_blocks(cut):
+  """Blocks 2 to 4 see 17 tokens, the last all that arrived; without LayerScale patches are what they were before."""
+  sites = dict(semantic=SCOPE, back=dict(reducer="stvit_recover", layers=(4,), layer_scale=0.0))
+  module = model("public_vit", sites | (dict(cut=cut) if cut else {}))
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32)
+  params = jax.jit(lambda: module.init(jax.random.key(0), images))()
+  outs = [jax.jit(functools.partial(module.apply, mode=mode))(params, images) for mode in MODES]
+  n = min(out.tokens.x.shape[1] for out in outs)
+  np.testing.assert_allclose(outs[0].tokens.x[:, :n], outs[1].tokens.x[:, :n], atol=1e-4)
+  for out in outs:
+    before, behind = (out.aux[f"tokens/{layer}"][:, :n] for layer in (1, 4))
+    np.testing.assert_allclose(behind[:, 1:], before[:, 1:], atol=1e-5)
+    assert jnp.abs(behind[:, 0] - before[:, 0]).max() > 0.1  # CLS went through
+
+
+def test_stvit_recover_learns():
+  """What comes back teaches the semantic tokens and what came before them, also where a gate has switched them off."""
+  pick = dict(reducer="gumbel", layers=(1,), place="before", keep=0.7)
+  sites = dict(pick=pick, semantic=SCOPE, back=dict(reducer="stvit_recover", layers=(4,), layer_scale=0.5))
+  module = model("public_vit", sites)
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32)
+  rngs = {"params": jax.random.key(0), "reduce": jax.random.key(1)}
+  params = jax.jit(lambda: module.init(rngs, images, mode="mask", train=True))()
+
+  def loss(params):
+    out = module.apply(params, images, mode="mask", train=True, rngs=rngs)
+    return (out.tokens.x * jnp.cos(jnp.arange(96.0))).sum()
+
+  grads = jax.jit(jax.grad(loss), compiler_options=quick())(params)["params"]
+  for block, site in (("block_1", "pick"), ("block_2", "semantic"), ("block_4", "back")):
+    leaves = jax.tree.leaves(grads[block]["reduce"][site])
+    assert all(np.isfinite(leaf).all() for leaf in leaves) and any((leaf != 0).any() for leaf in leaves), site
+
+
+def test_stvit_recover_costs_what_it_does():
+  """One block's worth for 65 tokens: queries, output and MLP 10 S D^2, keys and values of 17, 2 n D^2, and 2 S n D."""
+  back = dict(back=dict(reducer="stvit_recover", layers=(4,)))
+  with_it, without = (cost.of(model("public_vit", dict(semantic=SCOPE) | more)) for more in (back, {}))
+  assert with_it - without == (650 + 34) * 96**2 + 2 * 65 * 17 * 96
+
+
+@pytest.mark.parametrize(
+  "layers, scope", [((3,), SCOPE), ((4,), dict(SCOPE, place="before", until=None)), ((5,), SCOPE)]
+)
+def test_stvit_recover_ends_a_scope(layers, scope):
+  scope = {name: value for name, value in scope.items() if value is not None}
+  with pytest.raises(ValueError, match=r"sites\.back\.layers has \d, but 'stvit_recover' brings back what went round"):
+    model("public_vit", dict(semantic=scope, back=dict(reducer="stvit_recover", layers=layers)))

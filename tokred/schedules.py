@@ -27,6 +27,7 @@ LAYERS: dict[str, Callable[[int], list[tuple[int, ...]]]] = {
   "stages": lambda depth: [tuple(sorted({max(1, depth * i // 4) for i in (1, 2, 3)}))],
   "once": lambda depth: [(max(1, depth // 4),), (1,), (0,)],
   "last": lambda depth: [(depth - 1,)],
+  "exit": lambda depth: [(depth - 2,)],  # the end of a scope with until=-2
   "behind": lambda depth: [tuple(range(max(1, depth // 4) + 1, depth)), tuple(range(2, depth)), tuple(range(1, depth))],
   "first": lambda depth: [tuple(range(min(3, depth - 1)))],
   "rest": lambda depth: [tuple(range(min(3, depth - 1), depth))],

@@ -43,7 +43,7 @@ FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granulari
 FIELDS += ("proportional", "until", "softness", "anneal", "position", "of")
 POSITIONS = ("original", "reindex")
 WHOLES = ("arriving", "input")
-PLACED = frozenset({"layer", "depth", "place", "prefix"})  # fields of a reducer that its site fills in
+PLACED = frozenset({"layer", "depth", "place", "prefix", "source"})  # fields of a reducer that its site fills in
 
 
 def parse(sites: Mapping[str, Mapping[str, Any]], stack: Stack) -> Sites:
@@ -93,6 +93,15 @@ def _protected_behind(reducer: base.Reducer, protected: int, stack: Stack) -> in
 
 def _check_scopes(sites: Sites) -> None:
   """Scopes do not nest, their features end with them, as do new tokens, and nothing acts on images that share a row."""
+  for spot in sites.spots:
+    scope = sites.opening(spot)
+    if "outer" in spot.module(parent=None).needed() and (
+      scope is None or spot.layer != scope.until or scope.type.packs or len(sites.at(spot.layer, "after")) > 1
+    ):
+      raise ValueError(
+        f"sites.{spot.site}.layers has {spot.layer}, but {spot.reducer!r} brings back what went round: it acts alone, "
+        "behind the last block of a scope; valid: the layer that is `until` of a site with place='around'"
+      )
   for scope in sites.spots:
     if scope.place != "around":
       continue
@@ -225,7 +234,8 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
       keep, removed = _values(field, site, slot, len(names), where, len(layers))
       proportional = site.get("proportional", any(cls.proportional for cls in classes))
       behind = stack.depth if layer < 0 else layer
-      placed = dict(layer=behind, depth=stack.depth, place=place, prefix=stack.num_protected)
+      placed = dict(layer=behind, depth=stack.depth, place=place)
+      placed |= dict(prefix=stack.num_protected, source=stack.num_tokens)
       given = tuple((k, v) for k, v in placed.items() if k in PLACED & _fields(cls))
       draft = dict(common, slot=slot, layer=layer, reducer=reducer, child=child, options=options[slot] + given)
       draft["threshold"] = float(thresholds[where * len(names) + slot])

@@ -52,9 +52,9 @@ def get(name: str, field: str = "reducer") -> type["Reducer"]:
 class Reducer(nn.Module):
   """Who represents whom: a module from Tokens to Tokens.
 
-  Its dataclass fields are its options; a site sets them by name.  The fields `layer`, `depth`, `place` and `prefix` are
-  no options: where a class has them, the site fills them in (the block, from 0, how many there are, where in or around
-  it, and how many tokens of the input are protected).
+  Its dataclass fields are its options; a site sets them by name.  The fields `layer`, `depth`, `place`, `prefix`
+  and `source` are no options: where a class has them, the site fills them in (the block, from 0, how many there are,
+  where in or around it, how many tokens of the input are protected, and how many it has in all).
 
   A report whose name begins with "loss" (a scalar or (B,), times the reducer's own weight) is added to the loss.  What
   it puts in `feats` under a name that begins with "state/" stays there from block to block.

@@ -55,9 +55,10 @@ class Recover(Reducer):
   places: ClassVar[tuple[str, ...]] = ("output", "before", "after")
 
   num_heads: int = 0  # 0: heads of 64 channels
+  source: int = 0  # tokens at the input, which the site fills in
 
   def macs(self, n: float, width: int, num_heads: int) -> float:
-    s = 2 * n  # the length that comes back is not known here; this is right where half was kept
+    s = self.source or 2 * n
     return (2 * n + s) * width * width + 2 * s * n * width  # queries come from parameters alone
 
   @nn.compact

@@ -13,9 +13,10 @@ from flax import linen as nn
 
 from tokred.config import nearest
 from tokred.reducers.base import Reducer, register
+from tokred.reducers.recover import own_places
 from tokred.reducers.sit import seats
 from tokred.reducers.transforming import shares, transform, visible
-from tokred.tokens import Array, Tokens, take
+from tokred.tokens import Array, Tokens, restore, take
 
 POOLS = ("max", "avg")
 
@@ -92,18 +93,18 @@ class STViT(Reducer):
 
   G (K, D) is learned, a global offset of each cluster.  `keep` counts the prefix tokens too, which pass unchanged and
   stand first: 17 with CLS gives 16.  A source token is owned by the (first) cell that it was pooled into, whose share
-  of the sizes is even.  The grid comes back by `recover`: its queries are learned, where those of the authors' Swin are
-  the image tokens.
+  of the sizes is even.  For the grid to come back, let them go around blocks: `stvit_recover` is the end of the scope.
   """
 
   conserves: ClassVar[bool] = False  # made by attention, not by averaging
   idles: ClassVar[bool] = False
-  places: ClassVar[tuple[str, ...]] = ("after", "before", "output")
+  places: ClassVar[tuple[str, ...]] = ("after", "before", "around", "output")
 
   grid: tuple[int, ...] = ()  # (rows, columns) of the input; (): the largest square that fits.  The rest is prefix
   pool: str = "max"  # max, avg
   num_heads: int = 0  # 0: heads of 64 channels
   layer_scale: float = 1e-5
+  source: int = 0  # tokens at the input, which the site fills in; 0: as many as there are owners
 
   def count(self, keep: float, n: int, protected: int, source: int) -> int:
     return math.isqrt(math.floor(keep * (n - protected))) ** 2 + protected  # the next square below
@@ -123,7 +124,7 @@ class STViT(Reducer):
 
   @nn.compact
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
-    source, width = tokens.owner.shape[1], tokens.x.shape[-1]
+    source, width = self.source or tokens.owner.shape[1], tokens.x.shape[-1]
     grid = tuple(self.grid) or (math.isqrt(source),) * 2
     prefix = source - grid[0] * grid[1]
     if not isinstance(keep, int):
@@ -154,3 +155,43 @@ class STViT(Reducer):
     slot = jnp.arange(out.x.shape[1]) - count
     soft = take(s, jnp.clip(slot, 0, s.shape[1] - 1)).astype(out.x.dtype)
     return out.replace(x=jnp.where((out.alive & (slot >= 0))[..., None], soft, out.x)), {}
+
+
+@register("stvit_recover")
+class STViTRecover(Reducer):
+  """The grid as it was, refined by what the semantic tokens have become:  x <- Refine(x, s, s).
+
+  It acts behind the last block of the scope of a `stvit` at place="around": x (B, S, D) are the tokens that went round,
+  s those inside.  Protected tokens went through the blocks and come out as they are.  With the authors' LayerScale of
+  1e-5 the patches begin as they arrived at the scope.
+  """
+
+  needs: ClassVar[tuple[str, ...]] = ("outer",)
+  conserves: ClassVar[bool] = False  # made by attention, not by averaging
+  recovers: ClassVar[bool] = True
+  idles: ClassVar[bool] = False
+  scored: ClassVar[bool] = False
+  places: ClassVar[tuple[str, ...]] = ("after",)
+
+  num_heads: int = 0  # 0: heads of 64 channels
+  layer_scale: float = 1e-5
+  source: int = 0  # tokens at the input, which the site fills in
+
+  def recovered(self, n: Any, source: int) -> Any:
+    return n  # it is the scope that counts what comes back
+
+  def macs(self, n: float, width: int, num_heads: int) -> float:
+    return (10 * self.source + 2 * n) * width * width + 2 * self.source * n * width
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
+    outer = tokens.feats["outer"]
+    x, _, gate = visible(tokens)
+    heads = self.num_heads or max(x.shape[-1] // 64, 1)
+    refine = Refine(heads, self.layer_scale, name="refine")
+    grid = refine(outer.astype(jnp.float32), x[:, :0], x, jnp.where(tokens.protected, 0.0, gate)).astype(tokens.x.dtype)
+    own = own_places(tokens)
+    index = jnp.broadcast_to(jnp.arange(outer.shape[1], dtype=jnp.int32), outer.shape[:2])
+    ones = jnp.ones(outer.shape[:2])
+    x = jnp.where(own[..., None], restore(tokens.x, tokens.owner), grid)
+    return Tokens(x, ones.astype(bool), ones, index, index, own, {}), {}
