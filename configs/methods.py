@@ -170,7 +170,10 @@ METHODS: dict[str, dict[str, Any]] = {
     tune=True,
   ),
   "clca": dict(
-    sites=dict(prune=dict(reducer="topk", fuse=True, layers="stages"), cache=dict(reducer="clca", layers="all")),
+    sites=dict(
+      prune=dict(reducer="topk", fuse=True, layers="stages"),
+      cache=dict(reducer="clca", layers="all", place="before", carriers=1),
+    ),
     tune=True,
   ),
 }

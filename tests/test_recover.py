@@ -19,6 +19,7 @@ from tokred.layout import Stack
 from tokred.model import forward
 from tokred.reducers import autoencoder, clca, recover
 from tokred.reducers.cluster import DPCKNN
+from tokred.reducers.topk import TopK
 from tokred.sites import parse
 from tokred.testing import check_reducer
 
@@ -261,6 +262,16 @@ def test_clca_counts():
     behind(2).apply({}, full, 3, train=False, mode="gather")
   with pytest.raises(ValueError, match="did you mean 'mean'"):
     behind(2, cache="meen").needed()
+  carried = [behind(block, place="before", cache="none", carriers=2) for block in range(7)]
+  assert [module.recovered(9, 17) for module in carried] == [11, 9, 9, 13, 9, 13, 9]
+  assert behind(3, place="before", cache="both", carriers=1).joining == 6
+  for wrong in (dict(cache="none"), dict(carriers=-1)):
+    with pytest.raises(ValueError, match="must be 0 or more, and 1 or more where cache='none'"):
+      behind(2, **wrong).needed()
+  with pytest.raises(ValueError, match="join before block 0; valid: place='before'"):
+    behind(2, carriers=1, place="after").needed()
+  with pytest.raises(ValueError, match="layers of a clca site must begin with 0"):
+    behind(2, place="before", carriers=1).apply({}, full, 3, train=False, mode="gather")
   for wrong in ((3, 2), (0, 3), (2, 2), (1.5,), 3):
     with pytest.raises(ValueError, match="must be recovery blocks in ascending order"):
       behind(2, at=wrong).needed()
@@ -319,6 +330,48 @@ def test_clca_in_a_model(prune):
   np.testing.assert_allclose(masked.tokens.x[:, :n], out.tokens.x, atol=1e-5)
   np.testing.assert_array_equal(masked.tokens.owner, out.tokens.owner)
   assert out.tokens.protected.sum(1).tolist() == [4, 4] and n > 4  # CLS, three means, and others
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_clca_carriers(mode):
+  """CLS 10 and a carrier that begins as 10 + 0.5; behind block 0 it is 3, behind block 1, where a patch has gone, 4.
+
+  What was cached of them, (2, 3) and (5, 4) with the means of the patches, joins behind block 2; the one that goes on
+  is still the one before them.
+  """
+  options, patches = dict(place="before", at=(2,), carriers=1), jnp.asarray([[1.0], [3.0]])
+  tokens = make([[[10.0], *patches.tolist()]], prefix=1)
+  step = lambda n, tokens, **v: behind(n, **options).apply(v, tokens, 9, train=False, mode=mode)[0]  # noqa: E731
+  out = step(0, tokens, params=dict(carriers=jnp.full((1, 1), 0.5)))
+  assert out.x[0, :, 0].tolist() == [10, 1, 3, 10.5] and out.protected[0].tolist() == [True, False, False, True]
+  out = step(1, out.replace(x=jnp.asarray([[[10.0], [1.0], [3.0], [3.0]]])))
+  assert out.feats[clca.STATE][0, 0, :, 0].tolist() == [2, 3]
+  cut = TopK(score="token_norm", parent=None).apply({}, out, 3, train=False, mode=mode)[0]
+  out = step(2, cut.replace(x=jnp.asarray([[[10.0], [4.0], [5.0], [np.nan]]])[:, : cut.x.shape[1]]))
+  assert out.feats[clca.STATE][0, 0, :, 0].tolist() == [2, 3, 5, 4]
+  out = step(3, out)
+  assert out.x[0, :7, 0].tolist() == [10, 4, 5, 2, 3, 5, 4] and out.alive.sum() == 7
+  assert out.feats[clca.CARRIER][0, :7].tolist() == [False, True] + [False] * 5
+  assert (out.owner[0] == jnp.asarray([0, -1, 2])).all()
+
+
+def test_clca_carriers_in_a_model():
+  """17 and a carrier; 9 of 16 patches go on from block 1, behind which 2 join (a mean and a carrier of block 0).
+
+  ToMe of block 3 then merges 3; behind block 2, so before it, 2 have joined again.
+  """
+  cache = dict(reducer="clca", layers=range(5), place="before", at=(1, 2), carriers=1)
+  sites = dict(prune=dict(reducer="topk", layers=(1,), keep=11), merge=dict(reducer="tome", layers=(3,), r=3))
+  model = tokred.build(dict(model=DEEP, sites=sites | dict(cache=cache))).init(0)
+  assert model.counts == (18, 11, 13, 12, 12)
+  images = jax.random.normal(jax.random.key(0), (2, 16, 16, 1))
+  masked, out = forward(model.module, "mask")(model.params, images), model(images)
+  np.testing.assert_allclose(masked.tokens.x[:, :12], out.tokens.x, atol=1e-5)
+  assert out.tokens.protected.sum(1).tolist() == [6, 6]
+  grads = jax.grad(lambda p: jnp.square(model.module.apply({"params": p}, images).tokens.x[:, 0, 0]).sum())(
+    model.params
+  )
+  assert (grads["block_0"]["reduce"]["cache"]["clca"]["carriers"] != 0).all()
 
 
 def test_clca_around_routers():
