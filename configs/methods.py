@@ -6,7 +6,7 @@
 Structural arguments: method (a name below), budget (share of the dense FLOPs), seed, and those of configs/sweep.py
 (dataset, steps, ...).  A name with "+tuned" fine-tunes a method that needs no training.  `greedy` and `sigmoid` search
 on a model: here they are what they start from, and `python -m tokred.sweep` runs them; so it does for the counts by
-layer that `dyt` ships.
+layer that `dyt` ships (of a run of train.py: `python -m tokred.calibrate --method=by_threshold`).
 
 `diffrate_released` is not in the sweep: it has counts of its own, and no budget:
 

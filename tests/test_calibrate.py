@@ -283,3 +283,25 @@ def test_thresholds_need_one_site(model, batches):
   unscored = model.with_sites(dict(tokens=dict(reducer="kmeans", layers=(1,), keep=9)))
   with pytest.raises(ValueError, match="rate='threshold' needs reducers that"):
     calibrate.by_threshold(unscored, batches, 0.8)
+
+
+def test_the_command_writes_a_model_with_its_counts(tmp_path, capsys):
+  data = dict(name="digits", mean=(0.5,), std=(0.5,), train_split="train[:100]")
+  model = tokred.build(CONFIG | {"sites": site(keep=1.0), "data": data, "eval": dict(batch_size=40)}).init(0)
+  tokred.export.save(model, tmp_path / "there", ("orbax",))
+  ask = lambda **flags: [f"--{k}={v}" for k, v in (dict(workdir=tmp_path / "there") | flags).items()]  # noqa: E731
+  calibrate.main(ask(method="sigmoid", budget=0.7, output=tmp_path / "found", images=50))
+  sizes = dict(image_size=(4, 4), channels=1, num_classes=10, batch_size=40)
+  batches = list(calibrate.eval_batches(model.config.data, "train[:80]", **sizes))
+  want, found = calibrate.sigmoid(model, batches, 0.7).sites, tokred.load(tmp_path / "found")
+  assert found.config.sites == want and found.macs <= 0.7 * tokred.build(CONFIG).macs
+  assert str(found.counts) in capsys.readouterr().out
+  np.testing.assert_array_equal(found(batches[0]["image"]).logits, model.with_sites(want)(batches[0]["image"]).logits)
+  wrong = {
+    r"--budget=1.5 must be in \(0, 1\)": dict(method="greedy", budget=1.5, output=tmp_path / "new"),
+    "no site has a threshold": dict(method="by_mean", budget=0.5, output=tmp_path / "new"),
+  }
+  for message, flags in wrong.items():
+    with pytest.raises(SystemExit, match=f"^tokred.calibrate: .*{message}"):
+      calibrate.main(ask(**flags))
+  assert not (tmp_path / "new").exists()

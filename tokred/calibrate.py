@@ -5,10 +5,17 @@ arXiv:2412.00556, there for language models): the baselines that learned rates m
 in mask mode whose counts are an input.  `by_threshold` reads off a trained model how many tokens each of its layers has
 learned to keep, and `by_mean` how many its thresholds leave.  `arank` tells which layers of a language model few tokens
 need.
+
+  python -m tokred.calibrate --workdir=runs/dyt --method=by_threshold --budget=0.6 --output=runs/dyt_0.6
+
+writes a trained model with the counts so found, which eval.py, export.py and `tokred.load` read.
 """
 
+import argparse
 import dataclasses
+import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from tokred import losses
 from tokred.arank import arank as arank
 from tokred.arank import converted as converted
 from tokred.arank import rank_of as rank_of
+from tokred.data import eval_batches
 from tokred.layout import Spot
 from tokred.model import Model, build, without_sites
 from tokred.nn.vit import ViT
@@ -265,3 +274,39 @@ def _searchable(model: Model) -> tuple[ViT, Sequence[Spot]]:
 
 def _logistic(x: float) -> float:
   return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+
+METHODS = {"greedy": greedy, "sigmoid": sigmoid, "by_threshold": by_threshold, "by_mean": by_mean}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command line; prints the counts."""
+  parser = argparse.ArgumentParser(prog="python -m tokred.calibrate", description="Counts found on training images.")
+  parser.add_argument("--workdir", required=True, help="run directory, export or weights: what tokred.load takes")
+  parser.add_argument("--method", required=True, choices=METHODS)
+  parser.add_argument("--budget", required=True, type=float, help="share of the dense multiply-adds")
+  parser.add_argument("--output", required=True, help="folder to write")
+  parser.add_argument("--images", type=int, default=256, help="in whole batches of config.eval.batch_size")
+  flags = parser.parse_args(argv)
+  import tokred  # here, since the package must not import its own command line
+
+  try:
+    tokred.export.check(flags.output, ("orbax",))
+    if not (0.0 < flags.budget < 1.0 and flags.images > 0):
+      raise ValueError(f"--budget={flags.budget} must be in (0, 1), and --images={flags.images} 1 or more")
+    model = tokred.freeze(tokred.load(flags.workdir))
+    c = model.config
+    if c.model.name != "vit":
+      raise ValueError(f"config.model.name={c.model.name!r} of {flags.workdir}; valid: 'vit'")
+    sizes = dict(image_size=c.model.image_size, channels=c.model.channels, num_classes=c.model.num_classes)
+    batches = eval_batches(c.data, c.data.train_split, **sizes, batch_size=c.eval.batch_size)
+    some = list(itertools.islice(batches, -(-flags.images // c.eval.batch_size)))
+    model = model.with_sites(METHODS[flags.method](model, some, flags.budget).sites.to_dict())
+    tokred.export.save(model, flags.output, ("orbax",))
+  except (ValueError, OSError) as error:
+    sys.exit(f"tokred.calibrate: {' '.join(str(error).split())}")
+  print(f"tokens after each block {model.counts}, {model.macs / losses.dense_macs(model.module):.3f} of the dense cost")
+
+
+if __name__ == "__main__":
+  main()
