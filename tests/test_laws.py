@@ -34,7 +34,7 @@ EXCEPT = {  # laws that a method breaks by what it is
   "avit": (1, 2, 4, 5, 6, 7),  # CLS halts too, and what stopped stays in its place; tests/test_routing.py has its own
   "dyt": (7,),  # while it trains, who goes round owns itself with a gate of 0
   "recover": (1, 2, 4, 5, 6, 7, 10),  # brings tokens back; tests/test_recover.py
-  "clca": (1, 2, 4, 5, 6, 7, 10),  # adds tokens; tests/test_recover.py
+  "clca": (1, 2, 4, 5, 6, 7, 10),  # adds tokens; tests/test_clca.py
   "sit": (6,),  # as many slots as tokens are still slots
   "sit_reverse": (1, 2, 8),  # leaves the tokens alone, and learns by a loss on what it recovers
   "remember": (1, 2, 3, 5, 6, 7),  # leaves all tokens, whatever it is asked, and a feature; tests/vlm/test_selection.py
@@ -44,7 +44,7 @@ EXCEPT = {  # laws that a method breaks by what it is
   "prumerge": (1, 4, 6, 10),  # decide themselves how many
   "spa": (1, 2, 4, 6, 7, 9, 11),  # a gate decides how many, and images of a group share rows; tests/test_spa.py
 }
-# They keep square numbers of tokens, which the harness does not ask for, and end a scope; tests/test_slots.py
+# They keep square numbers of tokens, which the harness does not ask for, and end a scope; tests/test_stvit.py
 UNFIT = {"stvit", "stvit_recover"}
 UNFIT |= {name for name, cls in REGISTRY.items() if "encoder" not in cls.stacks}  # tests/language
 UNFIT |= {"hiprune"}  # reads what another site remembers; by another score below
