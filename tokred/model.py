@@ -130,7 +130,7 @@ class Reader(Model):
   ) -> generate.Generated:  # fmt: skip
     """Continues prompts; options are those of `tokred.nn.generate.generate`: stop_tokens, temperature, top_p, seed."""
     ids, images, slot = self._checked(ids, images, slot)
-    return vlm.write(self.module, self.params, ids, images, slot, mask, max_new_tokens, **options)
+    return generate.write(self.module, self.params, ids, images, slot, mask, max_new_tokens, **options)
 
   def inspect(self, ids: Array, images: Array) -> Any:
     """The whole output, with all that reducers report and the source map after each layer, in `aux`."""

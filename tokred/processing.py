@@ -36,7 +36,7 @@ class Processor:
   def __call__(
     self, ids: Sequence[Sequence[int]], images: Sequence[Sequence[np.ndarray]], *, pad: int = 0
   ) -> dict[str, Any]:
-    """Arguments of the model, `module.known` and `vlm.write` for a batch of prompts.
+    """Arguments of the model, `module.known` and `generate.write` for a batch of prompts.
 
     Args:
       ids: of each prompt, with one placeholder for each of its pictures; lengths may differ.

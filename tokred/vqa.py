@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokred import tokens as tk
-from tokred.nn import vlm
+from tokred.nn import generate
 from tokred.nn.vlm import VLM, Known
 from tokred.tokens import Array
 
@@ -176,7 +176,7 @@ def written(
     image, slot = batch["image"].copy(), asked["slot"].copy()
     for array in (ids, mask, image, slot):
       array[rest] = array[valid[0]]
-    out = vlm.write(module, params, ids, image, slot, mask, max_new_tokens, stop_tokens=(eos,))
+    out = generate.write(module, params, ids, image, slot, mask, max_new_tokens, stop_tokens=(eos,))
     said, length = np.asarray(out.tokens), np.asarray(out.length)
     for row in valid:
       start = int(batch["answer"][row].argmax())

@@ -5,7 +5,7 @@ import os
 import jax
 import pytest
 
-from tokred.train import loop
+from tokred.train import signals
 
 _CACHE = {
   "jax_compilation_cache_dir": "",
@@ -55,7 +55,7 @@ def stop_at(monkeypatch):
         self.asked = self.asked or (step is not None and now >= step)
         return super()._any_asked(now)
 
-    monkeypatch.setattr(loop, "_on_sigterm", AtStep)
+    monkeypatch.setattr(signals, "Sigterm", AtStep)
 
-  real = loop._on_sigterm
+  real = signals.Sigterm
   return ask

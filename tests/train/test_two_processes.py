@@ -17,15 +17,15 @@ FOLDER = Path(__file__).parent
 CODE = """
   import sys
   import jax, micro
-  from tokred.train import loop
+  from tokred.train import loop, signals
   leave = int(sys.argv[2])
 
-  class AtStep(loop._on_sigterm):
+  class AtStep(signals.Sigterm):
     def _any_asked(self, step):
       self.asked = jax.process_index() == 1 and 0 < leave <= step  # one of them is asked, and both leave
       return super()._any_asked(step)
 
-  loop._on_sigterm, loop._LOOK_EVERY = AtStep, 2
+  signals.Sigterm, signals.LOOK_EVERY = AtStep, 2
   summary = loop.train(micro.two_processes(), sys.argv[1])
   print("counts", summary["counts"])
 """

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from vlms import TOLERANCE, forward, pixels
 
-from tokred.nn import anyres, vlm
+from tokred.nn import anyres, generate
 from tokred.pretrained.vlm import load_vlm, open_vlm
 
 pytestmark = [
@@ -67,7 +67,7 @@ def test_qwen_with_images_of_many_sizes_and_a_video(kind, tmp_path):
   assert inputs["images"].mask.shape[1] == 2 and not inputs["images"].mask.all()
   got, _ = forward(module, params, inputs)
   np.testing.assert_allclose(np.asarray(got)[mask > 0], wanted[mask > 0], atol=TOLERANCE)
-  np.testing.assert_array_equal(vlm.write(module, params, **inputs, max_new_tokens=5).tokens, text)
+  np.testing.assert_array_equal(generate.write(module, params, **inputs, max_new_tokens=5).tokens, text)
   video = np.array([[3, 4, 6]])
   patches = patches[: video.prod()]
   ids = np.array([[5, 92, *[VIDEO] * 18, 93, 6, 7]])

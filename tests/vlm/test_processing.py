@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from test_vlm_files import SEVEN
 from vlms import found, needs_golden, parameters
 
-from tokred.nn import placeholders, qwen_vision, vlm
+from tokred.nn import generate, placeholders, qwen_vision
 from tokred.pretrained.preprocessing import CLIP
 from tokred.pretrained.vlm import read_vlm
 from tokred.processing import Processor, expanded, open_processor, stacked
@@ -92,7 +92,7 @@ def test_what_cannot_be_written_about():
   module, params = found("llava_clip_llama").make({"a": site}), parameters("llava_clip_llama")
   ids = np.array([[1, *[95] * 36, *range(2, 16)]], np.int32)
   images, slot = np.zeros((1, 1, 24, 24, 3), np.float32), placeholders.slots(ids, 95, 1, 36)
-  write = lambda **k: vlm.write(module, params, **dict(ids=ids, images=images, slot=slot, max_new_tokens=4) | k)  # noqa: E731
+  write = lambda **k: generate.write(module, params, **dict(ids=ids, images=images, slot=slot, max_new_tokens=4) | k)  # noqa: E731
   for changes, message in (
     ({}, r"sites.a.keep=15 at layer 1, but a prompt has 15 tokens of text; valid: 16 or more"),
     (dict(cache_length=54), r"a prompt of 51 tokens, images counted, and max_new_tokens=4 are longer than the cache: "),

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tokred.nn import anyres, decoder, qwen_vision, vlm
+from tokred.nn import anyres, decoder, generate, qwen_vision
 from tokred.nn.decoder_layer import Shape
 from tokred.nn.qwen_vlm import QwenVLM
 from tokred.nn.rope import Rope
@@ -116,7 +116,7 @@ def test_masked_is_gathered(name):
 def test_text_is_that_without_a_cache(name):
   """Four greedy tokens; then all at once, in a batch and alone."""
   module, inputs, new = model(name), batch(), 4
-  text = np.asarray(vlm.write(module, parameters(), **inputs, max_new_tokens=new).tokens)
+  text = np.asarray(generate.write(module, parameters(), **inputs, max_new_tokens=new).tokens)
   more = lambda a, b: np.concatenate([a, b], axis=1)  # noqa: E731
   following = inputs["position"].max((1, 2))[:, None, None] + 1 + np.arange(new)[None, :, None]
   longer = inputs | dict(
@@ -125,7 +125,7 @@ def test_text_is_that_without_a_cache(name):
   )  # fmt: skip
   logits = at_ids(module, longer)[:, -new - 1 : -1]
   np.testing.assert_array_equal(logits.argmax(-1), text)
-  alone = vlm.write(module, parameters(), **batch((0,)), max_new_tokens=new, cache_length=30)
+  alone = generate.write(module, parameters(), **batch((0,)), max_new_tokens=new, cache_length=30)
   np.testing.assert_array_equal(alone.tokens[0], text[0])
 
 

@@ -6,7 +6,7 @@ import pytest
 from vlms import GOLDEN, TOLERANCE, forward, found, needs_golden, parameters, prompt
 
 from tokred import sharding
-from tokred.nn import vlm
+from tokred.nn import generate
 from tokred.pretrained.vlm import load_vlm
 
 NAMES = ["llava_clip_llama", "llava_next", "qwen2_5_vl"]
@@ -39,7 +39,7 @@ def test_recorded_features_of_qwen():
 @pytest.mark.parametrize("name", SOME)
 def test_recorded_text(name):
   io, inputs = prompt(name)
-  out = vlm.write(found(name).make(), parameters(name), **inputs, max_new_tokens=12)
+  out = generate.write(found(name).make(), parameters(name), **inputs, max_new_tokens=12)
   np.testing.assert_array_equal(out.tokens, io["gen_tokens"])
 
 

@@ -9,7 +9,7 @@ import pytest
 from tokred import cost
 from tokred import tokens as tk
 from tokred.config import complete
-from tokred.nn import placeholders, vlm
+from tokred.nn import generate, placeholders, vlm
 
 IMAGE = 3
 MODEL = dict(name="vlm", variant="mu/4", image_size=(16, 16), num_classes=0, depth=2)
@@ -84,7 +84,7 @@ def test_masked_is_gathered_alone_is_together_and_decoding_is_recomputing(name):
     lone["slot"] = placeholders.slots(lone["ids"], IMAGE, 2, 16)
     one, _ = forward(module, params, module.known(lone["ids"], lone["slot"]), **lone)
     np.testing.assert_allclose(np.asarray(logits)[row, text[row]], np.asarray(one)[0, text[row][own]], atol=1e-4)
-  got = vlm.write(module, params, ids, images, slot, mask, 4)
+  got = generate.write(module, params, ids, images, slot, mask, 4)
   line = np.concatenate([ids[1, mask[1]], got.tokens[1, :3]])[None]
   again, slot = placeholders.slots(line, IMAGE, 2, 16), None
   last = np.array([int(mask[1].sum()) - 1])  # of the prompt

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from ml_collections import ConfigDict
 
 from tokred import tokens as tk
 from tokred.layout import Sites, Spot
@@ -45,6 +46,27 @@ class Shape:
   tied: bool = False  # the head is the table of embeddings
   activation: str = "silu"
   max_length: int = 4096  # positions that the model was trained for
+
+
+def language(config: ConfigDict) -> Shape:
+  """Sizes of `config.llm`.
+
+  Raises:
+    ValueError: rope_scale does not have the numbers that rope_type asks for.
+  """
+  c, heads, names = config, max(config.num_heads, 1), ("factor", "low", "high", "original")
+  wanted = {"linear": 1, "llama3": 4}.get(c.rope_type, 0)
+  if len(c.rope_scale) != wanted:
+    raise ValueError(
+      f"config.llm.rope_scale={tuple(c.rope_scale)!r} of rope_type={c.rope_type!r}; valid: {names[:wanted] or '()'}"
+    )
+  rope = Rope(c.rope_theta, c.rope_type, **dict(zip(names, c.rope_scale, strict=False)))
+  return Shape(
+    vocab=c.vocab, width=c.width, depth=c.depth, mlp_dim=c.mlp_dim or 4 * c.width, num_heads=c.num_heads,
+    num_kv_heads=c.num_kv_heads or c.num_heads, head_dim=c.head_dim or c.width // heads, norm_eps=c.norm_eps,
+    rope=rope, qkv_bias=c.qkv_bias, proj_bias=c.proj_bias, mlp_bias=c.mlp_bias, qk_norm=c.qk_norm, tied=c.tied,
+    activation=c.activation, max_length=c.max_length,
+  )  # fmt: skip
 
 
 class GroupedProjection(nn.Module):

@@ -1,5 +1,6 @@
 """Text from a language model: the prompt is reduced and cached once, then one token follows another under jit."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -90,6 +91,36 @@ def generate(
     known = Census(0, 0)
   inputs = dict(ids=given if x is None else None, x=None if x is None else given)
   inputs |= dict(mask=mask, protected=protected, position=position)
+  stop = jnp.asarray(tuple(stop_tokens), jnp.int32)
+  sampling = (jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
+  return run(model, params, inputs, stop, sampling, jax.random.key(seed), known, max_new_tokens, top_p < 1)
+
+
+def write(
+  model: Any, params: Any, ids: Any, images: Any, slot: Any, mask: Any = None, max_new_tokens: int = 32, *,
+  stop_tokens: tuple[int, ...] = (), temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, position: Any = None,
+  cache_length: int = 0,
+) -> Generated:  # fmt: skip
+  """Continues prompts with images; arguments as in `VLM.__call__` and `generate`.
+
+  Raises:
+    ValueError: an argument that is not valid, placeholders that do not fit, or a prompt that is longer than the cache;
+      before anything is compiled.
+  """
+  ids, mask = np.asarray(ids), np.ones(np.shape(ids), bool) if mask is None else np.asarray(mask) > 0
+  check(max_new_tokens, temperature, top_p)
+  known = model.known(ids, slot, mask)
+  if cache_length:
+    held = ids.shape[1] if model.position == "virtual" else known.length
+    longest = held + max_new_tokens
+    if longest > cache_length:
+      raise ValueError(
+        f"a prompt of {held} tokens, images counted, and max_new_tokens={max_new_tokens} are longer than the "
+        f"cache: cache_length={cache_length}; valid: {longest} or more"
+      )
+    known = dataclasses.replace(known, length=min(cache_length - max_new_tokens, ids.shape[1]))
+  capacities(model.llm.sites, known.length, known.census)
+  inputs = dict(ids=ids, images=images, slot=slot, mask=mask, position=position)
   stop = jnp.asarray(tuple(stop_tokens), jnp.int32)
   sampling = (jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
   return run(model, params, inputs, stop, sampling, jax.random.key(seed), known, max_new_tokens, top_p < 1)

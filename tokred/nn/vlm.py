@@ -17,13 +17,11 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from tokred import cost
 from tokred import tokens as tk
 from tokred.layout import Sites, Spot, walk
-from tokred.nn import decoder, generate, placeholders, projectors, vit
-from tokred.nn.budget import Census, capacities
+from tokred.nn import decoder, placeholders, projectors, vit
+from tokred.nn.budget import Census
 from tokred.nn.cache import Cache
 from tokred.nn.decoder import Decoder, Output
-from tokred.nn.decoder_layer import Shape
-from tokred.nn.generate import Generated
-from tokred.nn.rope import Rope
+from tokred.nn.decoder_layer import language
 from tokred.nn.stacks import split
 from tokred.nn.unmerge import places
 from tokred.scores import MEMORY
@@ -333,36 +331,6 @@ class VLM(nn.Module):
     return out.replace(tokens=tokens, aux=out.aux | seen)
 
 
-def write(
-  model: VLM, params: Any, ids: Any, images: Any, slot: Any, mask: Any = None, max_new_tokens: int = 32, *,
-  stop_tokens: tuple[int, ...] = (), temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, position: Any = None,
-  cache_length: int = 0,
-) -> Generated:  # fmt: skip
-  """Continues prompts with images; arguments as in `VLM.__call__` and `generate.generate`.
-
-  Raises:
-    ValueError: an argument that is not valid, placeholders that do not fit, or a prompt that is longer than the cache;
-      before anything is compiled.
-  """
-  ids, mask = np.asarray(ids), np.ones(np.shape(ids), bool) if mask is None else np.asarray(mask) > 0
-  generate.check(max_new_tokens, temperature, top_p)
-  known = model.known(ids, slot, mask)
-  if cache_length:
-    held = ids.shape[1] if model.position == "virtual" else known.length
-    longest = held + max_new_tokens
-    if longest > cache_length:
-      raise ValueError(
-        f"a prompt of {held} tokens, images counted, and max_new_tokens={max_new_tokens} are longer than the "
-        f"cache: cache_length={cache_length}; valid: {longest} or more"
-      )
-    known = dataclasses.replace(known, length=min(cache_length - max_new_tokens, ids.shape[1]))
-  capacities(model.llm.sites, known.length, known.census)
-  inputs = dict(ids=ids, images=images, slot=slot, mask=mask, position=position)
-  stop = jnp.asarray(tuple(stop_tokens), jnp.int32)
-  sampling = (jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
-  return generate.run(model, params, inputs, stop, sampling, jax.random.key(seed), known, max_new_tokens, top_p < 1)
-
-
 def make(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any]) -> VLM:
   """The module for `config.model` (the tower), `config.projector`, `config.llm` and sites.
 
@@ -380,24 +348,3 @@ def make(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any]) -> VL
     raise ValueError(f"config.model.num_classes={sizes.num_classes}: a tower has no head; valid: 0")
   projector = projectors.projector(config.projector.name, FrozenConfigDict(config.projector), text.width)
   return VLM(tower, projector, llm, config.llm.image_token, policy, config.llm.prompt)
-
-
-def language(config: ConfigDict) -> Shape:
-  """Sizes of `config.llm`.
-
-  Raises:
-    ValueError: rope_scale does not have the numbers that rope_type asks for.
-  """
-  c, heads, names = config, max(config.num_heads, 1), ("factor", "low", "high", "original")
-  wanted = {"linear": 1, "llama3": 4}.get(c.rope_type, 0)
-  if len(c.rope_scale) != wanted:
-    raise ValueError(
-      f"config.llm.rope_scale={tuple(c.rope_scale)!r} of rope_type={c.rope_type!r}; valid: {names[:wanted] or '()'}"
-    )
-  rope = Rope(c.rope_theta, c.rope_type, **dict(zip(names, c.rope_scale, strict=False)))
-  return Shape(
-    vocab=c.vocab, width=c.width, depth=c.depth, mlp_dim=c.mlp_dim or 4 * c.width, num_heads=c.num_heads,
-    num_kv_heads=c.num_kv_heads or c.num_heads, head_dim=c.head_dim or c.width // heads, norm_eps=c.norm_eps,
-    rope=rope, qkv_bias=c.qkv_bias, proj_bias=c.proj_bias, mlp_bias=c.mlp_bias, qk_norm=c.qk_norm, tied=c.tied,
-    activation=c.activation, max_length=c.max_length,
-  )  # fmt: skip

@@ -8,17 +8,15 @@ parameters' shardings; last the checkpoint of this run, which overwrites all of 
 import contextlib
 import math
 import os
-import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from tokred import checkpoint, evaluate, loading, lora, pretrained, rates, schedules, sharding
@@ -26,12 +24,11 @@ from tokred import data as tokred_data
 from tokred.config import complete
 from tokred.files import write_json
 from tokred.model import Model, freeze, init
+from tokred.train import signals
 from tokred.train.alarms import Alarms
 from tokred.train.log import MetricLog
 from tokred.train.phase import Phase, check
 from tokred.train.step import transfer
-
-_LOOK_EVERY = 10  # steps between two looks at the other processes' signals, since asking them costs a round trip
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -111,7 +108,7 @@ class _Run:
   def steps(self, step: int, state: Any, stream: Iterator[tuple[Any, Any]], teacher: Any) -> Any:
     """Runs to the end, and returns the state.  Metrics of a step are fetched when the next one is under way."""
     c, last = self.phase.config, None
-    with _on_sigterm() as asked:
+    with signals.Sigterm() as asked:
       while step < self.total:
         state = self._frozen(state, step)
         batch, data_state = next(stream)
@@ -292,29 +289,3 @@ def _teacher(phase: Phase) -> Any:
   params = loading.into(target, loaded, f"config.teacher={path}")
   shared = phase.frozen if path == c.init else frozenset()
   return {name: leaf for name, leaf in traverse_util.flatten_dict(params, sep="/").items() if name not in shared}
-
-
-class _on_sigterm:
-  """Within it, SIGTERM only sets a flag; the loop looks at it between steps."""
-
-  def __enter__(self) -> Callable[[int], bool]:
-    self.asked = False
-    try:
-      self.before = signal.signal(signal.SIGTERM, self._note)
-    except ValueError:  # not the main thread: somebody else handles signals
-      self.before = None
-    return self._any_asked
-
-  def __exit__(self, *_: Any) -> None:
-    if self.before is not None:
-      signal.signal(signal.SIGTERM, self.before)
-
-  def _note(self, *_: Any) -> None:
-    self.asked = True
-
-  def _any_asked(self, step: int) -> bool:
-    if jax.process_count() == 1:
-      return self.asked
-    if step % _LOOK_EVERY:
-      return False
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))  # all stop at the same step
