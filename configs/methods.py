@@ -159,7 +159,7 @@ METHODS: dict[str, dict[str, Any]] = {
   "stvit_recover": dict(
     sites=dict(
       semantic=dict(reducer="stvit", layers="once", place="around", until=-2),
-      back=dict(reducer="stvit_recover", layers="exit", layer_scale=0.1),  # fine-tuning is short
+      back=dict(reducer="stvit_recover", layers="exit"),
     ),
     tune=True,
   ),
