@@ -105,9 +105,9 @@ def test_stvit_and_the_grid_that_comes_back():
   module = model("public_vit", sites)
   outs = {}
   for mode in MODES:
-    out, _ = jax.jit(functools.partial(module.init_with_output, jax.random.key(0), mode=mode))(
-      jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32)
-    )
+    out, _ = jax.jit(
+      functools.partial(module.init_with_output, jax.random.key(0), mode=mode), compiler_options=quick()
+    )(jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32))
     outs[mode] = out.tokens
     assert out.tokens.x.shape == (2, 65, 96) and out.tokens.alive.all()
   np.testing.assert_allclose(outs["mask"].x, outs["gather"].x, atol=1e-4)
@@ -153,8 +153,10 @@ def test_stvit_around_blocks(cut):
   sites = dict(semantic=SCOPE, back=dict(reducer="stvit_recover", layers=(4,), layer_scale=0.0))
   module = model("public_vit", sites | (dict(cut=cut) if cut else {}))
   images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32)
-  params = jax.jit(lambda: module.init(jax.random.key(0), images))()
-  outs = [jax.jit(functools.partial(module.apply, mode=mode))(params, images) for mode in MODES]
+  params = jax.jit(lambda: module.init(jax.random.key(0), images), compiler_options=quick())()
+  outs = [
+    jax.jit(functools.partial(module.apply, mode=mode), compiler_options=quick())(params, images) for mode in MODES
+  ]
   n = min(out.tokens.x.shape[1] for out in outs)
   np.testing.assert_allclose(outs[0].tokens.x[:, :n], outs[1].tokens.x[:, :n], atol=1e-4)
   for out in outs:
@@ -170,7 +172,7 @@ def test_stvit_recover_learns():
   module = model("public_vit", sites)
   images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32)
   rngs = {"params": jax.random.key(0), "reduce": jax.random.key(1)}
-  params = jax.jit(lambda: module.init(rngs, images, mode="mask", train=True))()
+  params = jax.jit(lambda: module.init(rngs, images, mode="mask", train=True), compiler_options=quick())()
 
   def loss(params):
     out = module.apply(params, images, mode="mask", train=True, rngs=rngs)
