@@ -38,6 +38,16 @@ class Tokens:
     return self.mask > 0
 
   @property
+  def learned(self) -> bool:
+    """Whether gates are to learn: then a dead token's x is what it could have said, and no garbage."""
+    return jnp.issubdtype(self.mask.dtype, jnp.floating)
+
+  @property
+  def visible(self) -> Array:
+    """x, zero where dead unless a gate is to learn from it: (B, N, D)."""
+    return self.x if self.learned else jnp.where(self.mask[..., None], self.x, 0)
+
+  @property
   def images(self) -> int:
     """Images that share a row: 1 unless they are packed."""
     return self.owner.shape[0] // self.x.shape[0]

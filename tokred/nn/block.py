@@ -119,12 +119,6 @@ class Scope:
   weight: Array | None  # (B, N) of each token's update
   residual: Array | None  # (B, N, D) what every token gets, whether it went through or not
 
-  @property
-  def arrived(self) -> Array:
-    """What the tokens were that arrived, (B, N, D); zero where nothing can learn from a dead one."""
-    learned = jnp.issubdtype(self.outer.mask.dtype, jnp.floating)
-    return self.outer.x if learned else jnp.where(self.outer.mask[..., None], self.outer.x, 0)
-
   def leave(self, inner: Tokens) -> Tokens:
     """All that arrived, with what the scope did to those inside."""
     outer = tk.bypass(self.outer, inner, self.weight)
@@ -153,7 +147,7 @@ class Block(nn.Module):
     tokens = run(tokens, "attn", aux)
     tokens = self._feed(tokens, aux, run, train)
     if scope is not None and "outer" in self.sites.needs(layer):
-      tokens = tokens.replace(feats=tokens.feats | {"outer": scope.arrived})
+      tokens = tokens.replace(feats=tokens.feats | {"outer": scope.outer.visible})
     tokens = run(tokens, "after", aux)
     if self.sites.closes(layer):
       tokens, scope = scope.leave(tokens), None

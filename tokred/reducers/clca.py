@@ -112,9 +112,7 @@ class CLCA(Reducer):
     out = []
     if self.cache in ("mean", "both"):
       weight = jnp.where(tokens.protected, 0.0, tokens.mask.astype(jnp.float32))
-      learned = jnp.issubdtype(tokens.mask.dtype, jnp.floating)
-      x = tokens.x if learned else jnp.where(tokens.mask[..., None], tokens.x, 0)
-      mean = jnp.einsum("bn,bnd->bd", weight, x.astype(jnp.float32), precision="highest")
+      mean = jnp.einsum("bn,bnd->bd", weight, tokens.visible.astype(jnp.float32), precision="highest")
       out.append(mean / jnp.maximum(weight.sum(1), 1.0)[:, None])
     if self.cache in ("cls", "both"):
       out.append(tokens.x[:, 0].astype(jnp.float32))

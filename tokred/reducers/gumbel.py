@@ -65,8 +65,7 @@ class Gumbel(Planner):
   def logits(self, tokens: Tokens) -> tuple[Array, Array]:
     """Those of the predictor, (B, N, 2), and what it weighs the tokens with, (B, N)."""
     weight = jnp.where(tokens.protected, 0.0, tokens.mask.astype(jnp.float32))  # with earlier decisions' gradient
-    x = tokens.x if jnp.issubdtype(tokens.mask.dtype, jnp.floating) else jnp.where(tokens.mask[..., None], tokens.x, 0)
-    return Predictor(name="predictor")(x, weight), weight
+    return Predictor(name="predictor")(tokens.visible, weight), weight
 
   def counted(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     if not train:

@@ -65,8 +65,7 @@ class Recover(Reducer):
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
     if tokens.position.ndim > 2:
       raise ValueError(f"recover needs positions (batch, token), not {tokens.position.shape}: it writes them anew")
-    learned = jnp.issubdtype(tokens.mask.dtype, jnp.floating)
-    x = (tokens.x if learned else jnp.where(tokens.mask[..., None], tokens.x, 0)).astype(jnp.float32)
+    x = tokens.visible.astype(jnp.float32)
     batch, source = tokens.owner.shape
     e = self.param("queries", nn.initializers.normal(0.02), (source, x.shape[-1]), jnp.float32)
     update = CrossAttention(self.num_heads, name="attn")(e, x, tokens.mask.astype(jnp.float32))

@@ -20,10 +20,8 @@ def visible(tokens: Tokens) -> tuple[Array, Array, Array]:
   Returns:
     (B, N, D), (B, N) and (B, N).
   """
-  learned = jnp.issubdtype(tokens.mask.dtype, jnp.floating)
-  x = tokens.x if learned else jnp.where(tokens.mask[..., None], tokens.x, 0)
-  size = tokens.size if learned else jnp.where(tokens.mask, tokens.size, 0)
-  return x.astype(jnp.float32), size.astype(jnp.float32), tokens.mask.astype(jnp.float32)
+  size = tokens.size if tokens.learned else jnp.where(tokens.mask, tokens.size, 0)
+  return tokens.visible.astype(jnp.float32), size.astype(jnp.float32), tokens.mask.astype(jnp.float32)
 
 
 def shares(logits: Array, gate: Array) -> Array:
