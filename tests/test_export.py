@@ -1,5 +1,6 @@
 """tokred.export: the same logits in a fresh process, and one clear error for whatever happened to it since."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,6 +8,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 
 import tokred
-from tokred import export
+from tokred import export, files
 from tokred.export import ExportError
 
 MODEL = dict(
@@ -175,6 +178,27 @@ def test_a_full_disk_leaves_the_old_export(plain):
   assert "\n" not in str(caught.value)
   assert {path: path.read_bytes() for path in plain.rglob("*") if path.is_file()} == before
   assert os.listdir(plain.parent) == ["exported"]
+
+
+def test_writers_that_go_on_after_a_failed_save_leave_nothing(tmp_path):
+  """Orbax gives up at the first array; those of the others that are under way make the folder anew for a while."""
+  folder, seen = tmp_path / "unfinished", []
+
+  def go_on():
+    for i in range(20):
+      with contextlib.suppress(FileNotFoundError):  # removed between the two
+        folder.mkdir(exist_ok=True)
+        (folder / str(i)).write_text("late")
+      seen.append(i)
+      time.sleep(0.02)
+
+  folder.mkdir()
+  writer = threading.Thread(target=go_on)
+  writer.start()
+  files.remove_unfinished(folder)
+  assert len(seen) == 20 and not folder.exists()
+  writer.join()
+  assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("fails", [1, 2])

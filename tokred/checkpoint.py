@@ -33,7 +33,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from tokred.config import complete
-from tokred.files import MANIFEST, find_damage, reason, write_json, write_manifest
+from tokred.files import MANIFEST, find_damage, reason, remove_unfinished, write_json, write_manifest
 
 WORDS = "words.json"  # of a run that learned from text: what its tokenizer knows
 FOLDER = "checkpoints"  # inside a run directory
@@ -201,7 +201,7 @@ class Checkpoints:
           self._manager.close()
           break
       if jax.process_index() == 0:
-        shutil.rmtree(self.directory / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}", ignore_errors=True)
+        remove_unfinished(self.directory / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}")
       self._manager = self._open()
       good = self.latest_step()
       rest = "no earlier checkpoint exists" if good is None else f"the last good checkpoint is step {good}"
@@ -417,7 +417,7 @@ def _quiet(record: logging.LogRecord) -> bool:
   """Orbax logs a page for each save, and what it raises once more: leaves warnings, and errors that are not raised."""
   orbax = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
   if record.name == "asyncio":  # tells of every array that was not written because another one could not be
-    return orbax not in record.getMessage()
+    return orbax not in record.getMessage() and "OCDBT database" not in record.getMessage()
   if orbax not in record.pathname:
     return True
   return record.levelno >= logging.WARNING and not record.exc_info

@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,6 +61,21 @@ def find_damage(folder: str | os.PathLike) -> str | None:
 
   with ThreadPoolExecutor() as pool:
     return next((found for found in pool.map(check, files) if found), None)
+
+
+def remove_unfinished(folder: Path, quiet: float = 0.5, patience: float = 10.0) -> None:
+  """Removes the folder of a failed save, and whatever its writers still make of it.
+
+  Orbax raises with the first array that cannot be written, while others are on their way: they make files while the
+  folder is being removed, and the folder anew when it is gone. Returns when it has stayed away for `quiet` seconds, at
+  the latest after `patience` seconds.
+  """
+  start = seen = time.monotonic()
+  while (now := time.monotonic()) < min(seen + quiet, start + patience):
+    if folder.exists():
+      shutil.rmtree(folder, ignore_errors=True)
+      seen = now
+    time.sleep(0.01)
 
 
 def reason(error: Exception) -> str:

@@ -52,6 +52,7 @@ def replacing(directory: Path) -> Iterator[Path]:
   except Exception as error:  # a full disk is an OSError of ours, and of other types within orbax
     if replaced.exists() and not directory.exists():
       os.replace(replaced, directory)
+    files.remove_unfinished(temporary)
     if isinstance(error, ExportError):
       raise ExportError(str(error).replace(str(temporary), str(directory))) from error
     raise ExportError(f"{directory} cannot be written: {files.reason(error)}") from error
