@@ -5,7 +5,6 @@ image tokens that it has, or at those of a method of configs/vlm_methods.py that
   python export.py --workdir=runs/easy --output=exported --method=visionzip --keep=1.0,0.25 --max_new_tokens=4
 """
 
-import dataclasses
 import sys
 
 from absl import app, flags, logging
@@ -29,51 +28,29 @@ def main(argv: list[str]) -> None:
     sys.exit(f"export.py: unexpected argument {argv[1]!r}; flags begin with --")
   logging.set_verbosity(logging.WARNING)  # else JAX tells of every backend that this machine does not have
   import tokred
-  from tokred.evaluate import evaluate, examples, prompts
-  from tokred.export.generation import save_generation
+  from tokred import publish
 
-  asked = dict(batch_size=_BATCH_SIZE.value, platforms=_PLATFORMS.value, dtype=_DTYPE.value)
+  functions = dict(batch_size=_BATCH_SIZE.value, platforms=_PLATFORMS.value, dtype=_DTYPE.value)
   try:
-    tokred.export.check(_OUTPUT.value, _FORMATS.value, **asked)
+    tokred.export.check(_OUTPUT.value, _FORMATS.value, **functions)
     trained = tokred.load(_WORKDIR.value)
-    with trained.config.unlocked():
-      if _DATA_DIR.value is not None:
+    if _DATA_DIR.value is not None:
+      with trained.config.unlocked():
         trained.config.data.data_dir = _DATA_DIR.value
     if trained.config.model.name == "vlm":
       from configs.vlm_methods import reductions
 
-      asked = prompts(trained, _BATCH_SIZE.value or 1)
-      models = reductions(trained, [_METHOD.value], map(float, _KEEP.value)) if _METHOD.value else trained
-      models = list(models.values()) if _METHOD.value else models
-      length, platforms = asked["ids"].shape[1], _PLATFORMS.value
-      card = save_generation(
-        models, _OUTPUT.value, prompt_length=length, max_new_tokens=_NEW.value, images=trained.config.text.images,
-        batch_size=_BATCH_SIZE.value or 1, platforms=platforms, prompts=asked,
-      )  # fmt: skip
-      print(f"image tokens {card['counts']}: greedy tokens on real prompts are the same from a fresh process")
-      return
-    with trained.config.unlocked():
-      trained.config.data.labels = tokred.data.label_names(trained.config.data)
-    frozen, sizes = tokred.freeze(trained), [int(size) for size in _LATENCY.value]
-    accuracy = evaluate(frozen)["accuracy"]
-    images, _ = examples(frozen, _BATCH_SIZE.value or 64)
-    latency = tokred.bench.compare(frozen, tokred.load(_WORKDIR.value, sites={}), sizes, rounds=5) if sizes else []
-    tokred.export.save(
-      trained,
-      _OUTPUT.value,
-      _FORMATS.value,
-      **asked,
-      preprocess=_PREPROCESS.value,
-      accuracy=accuracy,
-      images=images,
-      latency=[dataclasses.asdict(row) for row in latency],
-    )
-    found = tokred.export.read_card(_OUTPUT.value)["verified"]["formats"]
+      keeps = map(float, _KEEP.value)
+      models = list(reductions(trained, [_METHOD.value], keeps).values()) if _METHOD.value else [trained]
+      options = dict(batch_size=_BATCH_SIZE.value or 1, platforms=_PLATFORMS.value, max_new_tokens=_NEW.value)
+      told = publish.language(models, _OUTPUT.value, **options)
+    else:
+      dense, sizes = tokred.load(_WORKDIR.value, sites={}), [int(size) for size in _LATENCY.value]
+      functions |= dict(preprocess=_PREPROCESS.value)
+      told = publish.classifier(trained, dense, _OUTPUT.value, _FORMATS.value, sizes, **functions)
   except (ValueError, OSError) as error:
     sys.exit(f"export.py: {' '.join(str(error).split())}")
-  differences = {name: values["difference"] for name, values in found.items()}
-  print(f"tokens after each block {frozen.counts}, {frozen.flops / 1e9:.4g} GFLOPs, accuracy {accuracy:.4f}")
-  print(f"largest difference of the logits, from a fresh process, on {len(images)} real images: {differences}")
+  print(told)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ROOMS = [  # from the bottom; a room may import those below it, not its neighbou
   {"evaluate", "export", "bench", "viz", "calibrate", "probe", "processing"},
   {"loading"},
   {"train"},
-  {"demo", "predict", "testing", "sweep", "bench_vlm"},
+  {"demo", "predict", "publish", "testing", "sweep", "bench_vlm"},
   {"budgets"},
 ]
 PACKAGES = {"reducers", "nn", "pretrained", "data", "export", "train", "testing"}  # their files know each other
