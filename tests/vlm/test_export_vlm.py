@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tokred.export import ExportError
+from tokred.export import ExportError, check
 from tokred.export.generation import open_generation, save_generation
 from tokred.model import build
 
@@ -101,11 +101,15 @@ def test_bad_exports(folder, tmp_path):
   with pytest.raises(ValueError, match=r"platforms has 'gpu'; valid: cpu, cuda, rocm, tpu"):
     save_generation(model(), tmp_path / "new", **SIZES, platforms=["gpu"])
   (tmp_path / "file").write_text("mine")
-  with pytest.raises(ValueError, match=r"exists and is no such export"):
+  with pytest.raises(ValueError, match=r"exists and is no export"):
     save_generation(model(), tmp_path, **SIZES)
   with pytest.raises(ExportError, match=r"holds no export of a vision-language model"):
     open_generation(tmp_path)
   shutil.copytree(folder, tmp_path / "copy")
+  check(tmp_path / "copy", ["stablehlo"])  # it may be replaced, as long as nothing else is in it
+  (tmp_path / "copy" / "notes").write_text("mine")
+  with pytest.raises(ValueError, match="also holds notes"):
+    save_generation(model(), tmp_path / "copy", **SIZES)
   card = json.loads((tmp_path / "copy" / "generation.json").read_text())
   (tmp_path / "copy" / "generation.json").write_text(json.dumps(card | {"max_new_tokens": 9}))
   with pytest.raises(ExportError, match=r"is damaged: generation.json has"):

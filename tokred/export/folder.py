@@ -11,10 +11,11 @@ from typing import Any
 from tokred import files
 
 CARD, README = "tokred.json", "README.md"
+LANGUAGE_CARD = "generation.json"  # of a vision-language model, whose functions lie in a folder for each count
 VERSION = 2  # of the folder's layout; 1 had no safetensors, ONNX, preprocessing or README
 PARAMS, WEIGHTS, FUNCTION, GRAPH = "params", "model.safetensors", "model.stablehlo", "model.onnx"
 GRAPH_DATA = "model.onnx.data"  # weights of graphs beyond what one file of protobuf holds
-OURS = {CARD, README, PARAMS, WEIGHTS, FUNCTION, GRAPH, GRAPH_DATA, files.MANIFEST}
+OURS = {CARD, LANGUAGE_CARD, README, PARAMS, WEIGHTS, FUNCTION, GRAPH, GRAPH_DATA, files.MANIFEST}
 FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")
 
 
@@ -27,9 +28,9 @@ def check_replaceable(directory: Path) -> None:
   if not directory.exists():
     return
   names = {path.name for path in directory.iterdir()} if directory.is_dir() else {"a file"}
-  if names and CARD not in names:
+  if names and not names & {CARD, LANGUAGE_CARD}:
     raise ValueError(f"{directory} exists and is no export; choose another folder")
-  if others := sorted(names - OURS):
+  if others := sorted(name for name in names - OURS if not (LANGUAGE_CARD in names and name.isdecimal())):
     raise ValueError(f"{directory} is an export, but also holds {', '.join(others)}; choose another folder")
 
 

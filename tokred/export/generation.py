@@ -31,12 +31,12 @@ from safetensors.numpy import load_file, save_file
 
 import tokred
 from tokred import files
-from tokred.export.folder import ExportError, replacing
+from tokred.export.folder import LANGUAGE_CARD as CARD
+from tokred.export.folder import WEIGHTS, ExportError, check_replaceable, replacing
 from tokred.export.functions import PLATFORMS
 from tokred.model import Reader, build, freeze
 from tokred.tokens import Tokens
 
-CARD, WEIGHTS = "generation.json", "model.safetensors"
 PARTS = ("encoder", "prefill", "decode")
 
 
@@ -55,7 +55,7 @@ def save_generation(
 
   Args:
     models: one, or several that have the same parameters and leave different counts of an image.
-    directory: must not exist, or be such an export, which is replaced.
+    directory: must not exist, or be an export, which is replaced.
     prompt_length: ids of a prompt, placeholders among them; shorter ones are padded.
     max_new_tokens: that a continuation may have.
     images: of a prompt.
@@ -272,9 +272,7 @@ def _check(
   least = images * s.grid[0] * s.grid[1] + 1
   if prompt_length < least:
     raise ValueError(f"prompt_length={prompt_length}; valid: {least} or more, for {images} images and some text")
-  directory = Path(directory)
-  if directory.exists() and (not directory.is_dir() or (any(directory.iterdir()) and not (directory / CARD).exists())):
-    raise ValueError(f"{directory} exists and is no such export; choose another folder")
+  check_replaceable(Path(directory).absolute())
 
 
 def _compare(directory: Path, prompts: dict[str, np.ndarray], wanted: dict[int, np.ndarray]) -> None:
