@@ -47,8 +47,8 @@ def recorded(name):
   return arrays, settings
 
 
-def model(weights, sites=None):
-  config = defaults.complete(dict(model=dict(variant="mu/8", **MODELS[weights]), sites=sites or {}))
+def model(weights, sites=None, **options):
+  config = defaults.complete(dict(model=dict(variant="mu/8", **MODELS[weights], **options), sites=sites or {}))
   return vit.make(config.model, config.sites)
 
 

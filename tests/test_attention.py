@@ -120,6 +120,18 @@ def test_a_cap_bounds_what_a_query_learns(impl):
 
 
 @pytest.mark.parametrize("impl", ["matmul", "fused"])
+def test_an_epsilon_lets_all_values_in(impl):
+  """The living key has 1/9 of the dead one's weight: (1/9 + eps (1 + 5) / 2) / (1/9 + eps), at 0.001 1.027 / 1.009."""
+  q, k, v = (
+    jnp.zeros((1, 1, 2, 1)).at[0, 0, :, 0].set(jnp.asarray(a)) for a in ([1.0, 0.0], [0.0, np.log(9.0)], [1.0, 5.0])
+  )
+  out = attention.attend(q, k, v, mask=jnp.asarray([[1.0, 0.0]]), impl=impl, gate_eps=1e-3)
+  np.testing.assert_allclose(out[0, 0, 0, 0], 1.027 / 1.009, rtol=1e-6)
+  with pytest.raises(ValueError, match=r"config.model.gate_eps=0.1; valid: 0 \(none\) to 0.001"):
+    attention.check("auto", 1.0, 0.1)
+
+
+@pytest.mark.parametrize("impl", ["matmul", "fused"])
 def test_garbage_in_dead_keys_reaches_no_living_query(impl):
   q, k, v, size = (f32(a) for a in inputs(3))
   dead = ~jnp.asarray(ALIVE)[:, None, :, None]

@@ -176,6 +176,7 @@ def test_diffrate_training(name):
       first=dict(reducer=pair, layers=(0,), rate="learned", granularity=65),  # one candidate: all
       rest=dict(reducer=pair, layers=(1, 2, 3, 4, 5), rate="learned", granularity=step),
     ),
+    gate_eps=1e-6,
   )
   paths = {  # theirs -> ours
     f"blocks.{layer}.{kind}_ddp": f"block_{layer}/reduce/{'rest' if layer else 'first'}_{slot}_{pair[slot]}/rate/logits"
@@ -245,7 +246,8 @@ def test_dynamicvit_training(name, monkeypatch):
   arrays, settings = recorded(name)
   layers, targets, weight = tuple(settings["pruning_loc"]), settings["keep_ratio"], settings["weights"]
   Replay.record = {f"block_{layer}": arrays[f"gumbel_noise_{stage}"] for stage, layer in enumerate(layers)}
-  module = model("public_vit", dict(prune=dict(reducer="replay", layers=layers, keep=tuple(settings["token_ratio"]))))
+  site = dict(reducer="replay", layers=layers, keep=tuple(settings["token_ratio"]))
+  module = model("public_vit", dict(prune=site), gate_eps=1e-6)
   params = with_predictors(module, layers, "replay")
   teacher, _ = forward(model("public_vit"), backbone("public_vit"), arrays["images"], "gather")
   target = jax.nn.one_hot(arrays["labels"], 10)
@@ -274,9 +276,7 @@ def test_dynamicvit_training(name, monkeypatch):
   alive = arrays["final_decision"] > 0
   ours, theirs = patches(output.tokens, output.tokens.x), arrays["token_features"]
   np.testing.assert_array_equal(patches(output.tokens, output.tokens.mask), alive[..., 0])
-  np.testing.assert_allclose(ours * alive, theirs * alive, atol=5e-5)
-  # Their softmax adds 1e-6 to every weight; a dead token that has nobody but itself to attend to can feel it.
-  np.testing.assert_allclose(ours, theirs, atol=2e-3)
+  np.testing.assert_allclose(ours, theirs, atol=5e-5)
   for stage, layer in enumerate(layers):
     np.testing.assert_array_equal(patches(blocks[layer], blocks[layer].mask), arrays[f"decision_{stage}"])
 

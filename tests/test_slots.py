@@ -199,17 +199,23 @@ def test_recalibration():
 
 @pytest.mark.parametrize("site", [dict(reducer="sit", keep=0.5, reverse=True), dict(reducer="sit_reverse")])
 def test_recalibration_at_the_output(site):
-  """What is slimmed behind the last block is taught by what leaves that block of the teacher."""
+  """What is slimmed behind the last block is taught by what leaves that block of the teacher; the first as it is."""
   fields = dict(variant="mu/8", width=16, depth=2, num_heads=2, mlp_dim=32, image_size=(32, 32), num_classes=3)
   config = defaults.complete(dict(model=fields, sites=dict(s=dict(site, place="output")), loss=dict(recalibration=2.0)))
   module = vit.make(config.model, config.sites)
   begin = functools.partial(jax.jit, compiler_options=quick())
   images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
   student, variables = begin(lambda: module.init_with_output(jax.random.key(0), images, train=True, mode="mask"))()
-  teacher = begin(lambda: module.dense().apply(variables, images))()
+  other = jax.tree.map(lambda leaf: 1.5 * leaf, variables)
+  teacher = begin(lambda: module.dense().apply(other, images))()
   found = losses.terms(config.loss, module, student, jnp.eye(3)[:2], teacher, None)["recalibration"]
   recovered = student.aux["reduce/s/recovered"][0]
-  np.testing.assert_allclose(found, jnp.square(recovered - teacher.aux["tokens/1"][:, 1:]).mean(), rtol=1e-5)
+  early, late = (
+    jnp.square(ours - teacher.aux[f"tokens/{layer}"][:, 1:]).mean()
+    for layer, ours in enumerate((student.aux["tokens/0"][:, 1:], recovered))
+  )
+  assert early > 0.1
+  np.testing.assert_allclose(found, (early + late) / 2, rtol=1e-5)
   short = dataclasses.replace(student, aux=student.aux | {"reduce/s/recovered": {0: recovered[:, :9]}})
   with pytest.raises(ValueError, match=r"sites.s.patches=9, but the grid has 16: set it to that or drop it"):
     losses.terms(config.loss, module, short, jnp.eye(3)[:2], teacher, None)

@@ -48,6 +48,7 @@ def default() -> ConfigDict:
       dtype="float32",  # of activations: float32, bfloat16; parameters, softmax and ranking stay float32
       attention="auto",  # auto, matmul, fused
       gate_cap=1e6,  # bounds what queries learn of tokens that are switched off: 30.0 calms a selector's gradients
+      gate_eps=0.0,  # added to the weights of a gated softmax; 1e-6: as in DynamicViT's and DiffRate's code
     )
   )
 

@@ -172,7 +172,8 @@ def recalibration(recovered: Sequence[Array], teacher: Sequence[Array]) -> Array
   The authors' weight is 2.
 
   Args:
-    recovered: (B, P, D) for each layer, what a `sit_reverse` reports.
+    recovered: (B, P, D) for each layer: the patches as they are before the first site, behind it what a `sit_reverse`
+      reports.
     teacher: (B, P, D) for each, the patches that leave the same block of the dense teacher; they learn nothing.
   """
   pairs = zip(recovered, teacher, strict=True)
@@ -275,13 +276,16 @@ def terms(
     out["distill_tokens_kl"] = distill_tokens(output.tokens, teacher.tokens.x, kl=True)
   if config.recalibration:
     recovered, s = reported(module, output, "recovered"), module.shape
-    taught = [teacher.aux[f"tokens/{spot.layer % s.depth}"][:, s.num_prefix_tokens :] for spot in recovered]
+    leaving = lambda out, layer: out.aux[f"tokens/{layer}"][:, s.num_prefix_tokens :]  # noqa: E731
+    taught = [leaving(teacher, spot.layer % s.depth) for spot in recovered]
     for (spot, ours), theirs in zip(recovered.items(), taught, strict=True):
       if ours.shape[1] != theirs.shape[1]:
         raise ValueError(
           f"sites.{spot.site}.patches={ours.shape[1]}, but the grid has {theirs.shape[1]}: set it to that or drop it"
         )
-    out["recalibration"] = recalibration(list(recovered.values()), taught)
+    whole = range(min(spot.layer % s.depth for spot in module.sites.spots))  # blocks that all tokens leave as they are
+    ours = [leaving(output, layer) for layer in whole] + list(recovered.values())
+    out["recalibration"] = recalibration(ours, [leaving(teacher, layer) for layer in whole] + taught)
   if config.consistency:
     sure = jnp.sum(jax.nn.softmax(output.logits) * (target > 0), -1) > config.confidence if config.confidence else None
     out["consistency"] = consistency(output.features, full.features, sure)

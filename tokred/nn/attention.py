@@ -14,6 +14,10 @@ A gate multiplies after the exponential: the gradient then reaches keys that are
 kill, and a dead token keeps itself (Rao et al., 2021, DynamicViT; Chen et al., 2023, DiffRate).  Where a dead key is
 much louder than all living ones, that gradient tells of a step of 1 what only holds for a tiny one, and drowns all
 others: a query whose living keys have the share s of what all would have learns by min(1, gate_cap s).
+
+The authors of DynamicViT and DiffRate add an epsilon to the weights, gate_eps = 1e-6, and count from the largest logit
+of all, dead keys included: A_ij = (w_ij + eps / N) / (sum_j w_ij + eps).  Where a dead key is far louder than the
+living, all values are averaged.  Without it, as by default, the masked pass equals the gathered one.
 """
 
 import functools
@@ -41,11 +45,13 @@ def implementation(name: str) -> str:
   return name
 
 
-def check(name: str, gate_cap: float) -> None:
-  """Raises ValueError where `config.model.attention` or `gate_cap` is not valid."""
+def check(name: str, gate_cap: float, gate_eps: float = 0.0) -> None:
+  """Raises ValueError where `config.model.attention`, `gate_cap` or `gate_eps` is not valid."""
   implementation(name)
   if not 0.0 < gate_cap <= GATE_CAP:
     raise ValueError(f"config.model.gate_cap={gate_cap}; valid: above 0, at most {GATE_CAP:g}, which is no bound")
+  if not 0.0 <= gate_eps <= 1e-3:
+    raise ValueError(f"config.model.gate_eps={gate_eps}; valid: 0 (none) to 0.001; the authors have 1e-6")
 
 
 def attend(
@@ -59,6 +65,7 @@ def attend(
   causal: bool | Array = False,
   impl: str = "auto",
   gate_cap: float = GATE_CAP,
+  gate_eps: float = 0.0,
 ) -> Array:
   """Softmax attention.
 
@@ -74,6 +81,7 @@ def attend(
       number, for tokens that stand in another order.
     impl: "auto", "matmul" or "fused".
     gate_cap: at most this does a query learn of dead keys against its living ones; at most GATE_CAP.
+    gate_eps: added to a gated query's weights, spread over all keys; above 0 the implementation is "matmul".
 
   Returns:
     (B, H, N, d) of the dtype of v.  Rows of dead queries are finite if q, k and v are.
@@ -93,8 +101,10 @@ def attend(
     order = jnp.arange(q.shape[2])[None] if isinstance(causal, bool) else causal
     past = (order[:, :, None] >= order[:, None])[:, None]
     within = past if within is None else within & past
-  kernel = _fused if fused else _matmul
-  return kernel(q, k, v, None if size is None else jnp.log(size), mask, within, gate_cap)
+  bias = None if size is None else jnp.log(size)
+  if fused and not (gate_eps and mask is not None and mask.dtype != bool):
+    return _fused(q, k, v, bias, mask, within, gate_cap)
+  return _matmul(q, k, v, bias, mask, within, gate_cap, gate_eps)
 
 
 def _capped(out: Array, share: Array, gate_cap: float) -> Array:
@@ -106,8 +116,9 @@ def _capped(out: Array, share: Array, gate_cap: float) -> Array:
 
 
 def _matmul(
-  q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, within: Array | None, gate_cap: float
-) -> Array:
+  q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None, within: Array | None, gate_cap: float,
+  gate_eps: float,
+) -> Array:  # fmt: skip
   gate = mask if mask is not None and mask.dtype != bool else None
   k, v = (a if a.shape[1] == q.shape[1] else jnp.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
   logits = jnp.einsum("bhid,bhjd->bhij", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
@@ -126,13 +137,18 @@ def _matmul(
   # So does a gate at the values; what a query that is switched off gives to itself is added.
   own = jnp.einsum("bhid,bhid->bhi", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)[..., None]
   own = own if bias is None else own + bias[:, None, :, None]  # (B, H, N, 1)
-  top = jnp.where(gate[:, None, :, None] > 0, -jnp.inf, own)
-  top = jnp.maximum(top, jnp.where(gate[:, None, None] > 0, logits, -jnp.inf).max(-1, keepdims=True))
-  top = jax.lax.stop_gradient(top)  # of those who count: their sum is 1 or more, whatever the dead say
+  if gate_eps:
+    top = logits.max(-1, keepdims=True)  # with its gradient, for an epsilon beside the weights makes it count
+  else:
+    top = jnp.where(gate[:, None, :, None] > 0, -jnp.inf, own)
+    top = jnp.maximum(top, jnp.where(gate[:, None, None] > 0, logits, -jnp.inf).max(-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)  # of those who count: their sum is 1 or more, whatever the dead say
   weight = jnp.exp(jnp.minimum(logits - top, jnp.log(GATE_CAP)))
   own = jnp.exp(own - top) * (1.0 - gate)[:, None, :, None]
   total = jnp.einsum("bhij,bj->bhi", weight, gate)[..., None] + own
   out = product(weight.astype(v.dtype), v * gate[:, None, :, None].astype(v.dtype))
+  if gate_eps:
+    out, total = out + gate_eps * v.mean(2, keepdims=True, dtype=jnp.float32), total + gate_eps
   return _capped((out + own * v) / total, total / (weight.sum(-1, keepdims=True) + own), gate_cap).astype(v.dtype)
 
 

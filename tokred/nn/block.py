@@ -52,6 +52,7 @@ class Attention(nn.Module):
   impl: str = "auto"
   norm_eps: float = 1e-6
   gate_cap: float = attention.GATE_CAP
+  gate_eps: float = 0.0
 
   def setup(self) -> None:
     self.qkv = Projection(self.num_heads, self.qkv_bias, self.dtype)
@@ -73,7 +74,7 @@ class Attention(nn.Module):
     self, q: Array, k: Array, v: Array, size: Array | None, mask: Array | None, segment: Array | None = None
   ) -> Array:
     """Each query's average of the values, (B, N, H, d)."""
-    kinds = dict(impl=self.impl, gate_cap=self.gate_cap)
+    kinds = dict(impl=self.impl, gate_cap=self.gate_cap, gate_eps=self.gate_eps)
     return attention.attend(q, k, v, size=size, mask=mask, segment=segment, **kinds).swapaxes(1, 2)
 
   def out(self, heads: Array) -> Array:
@@ -167,7 +168,7 @@ class Block(nn.Module):
     c, layer, dtype, shape = self.config, self.layer, jnp.dtype(self.config.dtype), self.shape
     mask = tokens.mask if self.sites.masked(layer, mode) else None
     size = tokens.size if self.sites.proportional(layer, mode) else None
-    kinds = (c.qkv_bias, c.qk_norm, dtype, c.attention, c.norm_eps, c.gate_cap)
+    kinds = (c.qkv_bias, c.qk_norm, dtype, c.attention, c.norm_eps, c.gate_cap, c.gate_eps)
     attend = Attention(shape.width, shape.num_heads, *kinds, name="attn")
     norm = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="norm1")
     q, k, v, size, feats = self._look(attend, norm, tokens, size, mask)

@@ -100,7 +100,7 @@ def shape(config: ConfigDict) -> Shape:
   for field, valid in CHOICES.items():
     if config[field] not in valid:
       raise ValueError(f"config.model.{field}={config[field]!r} is unknown; {nearest(config[field], valid)}")
-  attention.check(config.attention, config.gate_cap)
+  attention.check(config.attention, config.gate_cap, config.gate_eps)
   for field in ("width", "depth", "mlp_dim", "num_heads", "num_registers", "layer_scale"):
     if config[field] < 0:
       raise ValueError(f"config.model.{field}={config[field]} must be 0 or more")
