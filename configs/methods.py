@@ -71,7 +71,7 @@ FRESH = dict(optim=dict(multipliers=((r".*/reduce/.*", 20.0),)))
 CALM = dict(model=dict(gate_cap=30.0))  # tokens that are switched off teach less
 RATE = CALM | dict(optim=dict(multipliers=((r".*/rate/.*", 100.0),)), loss=dict(budget=20.0), freeze=0.4, tune=True)
 
-LTMP = dict(threshold=(-0.9, 0.0), softness=0.02)
+LTMP = dict(score="column_mean", raster=True, rate="learned_threshold", threshold=(-0.9, 0.0), softness=0.02)
 
 
 def _one(reducer: Any, layers: str = "stages", tune: bool = False, **options: Any) -> dict[str, Any]:
@@ -132,7 +132,7 @@ METHODS: dict[str, dict[str, Any]] = {
   # more alike than theta merge, and tokens to which less than theta' of the attention goes are dropped; they start at
   # 0.9 and 0.  The authors' softness is 0.1, many times the attention that a token gets.  One moves by tenths, the
   # other by hundredths.
-  "ltmp": _one(("dymu_merge", "topk"), "all", tune=True, score="column_mean", rate="learned_threshold", **LTMP)
+  "ltmp": _one(("dymu_merge", "topk"), "all", tune=True, **LTMP)
   | CALM
   | dict(optim=dict(multipliers=((r".*dymu_merge/rate/.*", 10.0), (r".*topk/rate/.*", 0.3))), loss=dict(budget=20.0))
   | dict(settle="by_mean"),

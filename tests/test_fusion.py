@@ -11,7 +11,7 @@ from golden import MODES, backbone, check_forward, check_sources, forward, model
 
 from tokred import scores
 from tokred import tokens as tk
-from tokred.reducers import pitome, tofu, tome_kth, tome_random
+from tokred.reducers import pitome, tofu, tome, tome_kth, tome_random, topk
 
 
 def make(x, *, prefix=0, alive=None, key=None, **feats):
@@ -45,6 +45,19 @@ def both(reducer, tokens, keep, variables=None):
 
 def sources(tokens, k):
   return (np.asarray(tokens.owner)[:, None] == np.arange(k)[:, None]).astype(np.uint8)
+
+
+def test_a_merged_token_is_as_important_as_its_most_important_member():
+  """Sources 0 and 2, destinations 1 and 3: 0 is 1, and 2 is 3 turned by 10 degrees.  Of 0 and 1 the scores are .1 and
+  .4, of 2 and 3 .5 and .2: as one token .4 and .5, so that the second stays, and not 1, which has .4 to .2 of 3."""
+  turn = np.deg2rad(10)
+  x = np.asarray([[[1, 0], [1, 0], [-np.cos(turn), np.sin(turn)], [-1, 0]]])
+  tokens = make(x, key=x, column_mean=[[0.1, 0.4, 0.5, 0.2]])
+  for mode in MODES:
+    merged, _ = run(tome.ToMe(), tokens, 2, mode)
+    np.testing.assert_allclose(merged.feats["column_mean"][0, :2], [0.4, 0.5])
+    left, _ = run(topk.TopK(score="column_mean"), merged, 1, mode)
+    np.testing.assert_array_equal(left.owner, [[-1, -1, 0, 0]])
 
 
 # PiToMe.

@@ -96,6 +96,10 @@ def counts(**named):
     (dict(TOPK, score="key_norm", fuse=True), r"sites.s.fuse=True weighs with score='cls_attention', not 'key_norm'"),
     (dict(TOPK, reducer="router", gate="sigmiod"), r"sites.s.gate='sigmiod' is not a gate; did you mean 'sigmoid'\?"),
     (dict(reducer="tome", layers=(1,), r=(1, 2, 3)), r"sites.s.r=\(1, 2, 3\) has 3 entries for 1 layers"),
+    (
+      dict(reducer="tome", layers=(0, 1, 2), r=(4, 1)),
+      r"sites.s.r=\(4, 1\) could be .*valid: \(4, 1, 0\) .*\(4, 1.0\)",
+    ),
     (dict(reducer=("topk", "diffrate_merge"), layers=(1,), keep=0.5), r"sites.s.keep=0.5 must be a tuple with one e"),
     (dict(TOPK, keep=(0.5, 0.4)), r"sites.s.keep=\(0.5, 0.4\) has 2 entries for 1 layers"),
     (dict(TOPK, keep=True), r"sites.s.keep=True must be a share \(float up to 1.0\) or a number of tokens \(int\)"),

@@ -122,6 +122,18 @@ def test_average_pool_reads_the_living_patches():
   np.testing.assert_allclose(out.features, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["gather", "mask"])
+def test_a_mean_counts_each_token_as_often_as_it_stands_for_patches(mode):
+  """Of 16 patches that lose 6 to their likes it is sum(size x) / 16, which nobody's merging into another changes."""
+  module = make({"s": dict(reducer="tome", layers=(1,), r=6)}, pool="avg", num_registers=2)
+  out = apply(module, params(module), images(module), mode=mode)
+  tokens = jax.tree.map(np.asarray, out.tokens)
+  patches = tokens.alive & ~tokens.protected
+  assert (patches.sum(1) == 10).all() and tokens.size[patches].max() > 1
+  want = np.einsum("bn,bnd->bd", tokens.size * patches, np.where(patches[..., None], tokens.x, 0)) / 16
+  np.testing.assert_allclose(out.features, want, atol=1e-6)
+
+
 def test_sincos2d_by_hand():
   # width 8: frequencies 1 and 1e-4; columns [sin x, cos x, sin y, cos y], rows row-major over (y, x)
   table = vit.sincos2d((2, 3), 8)[0]

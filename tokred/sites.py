@@ -335,6 +335,11 @@ def _values(
     if isinstance(r, (tuple, list)) and not (len(r) == 2 and isinstance(r[1], float)):
       if len(r) > layers:
         raise ValueError(f"{field}.r={r} has {len(r)} entries for {layers} layers")
+      if len(r) == 2 < layers and r[1] in (-1, 0, 1):
+        raise ValueError(
+          f"{field}.r={r} could be counts of the first two of {layers} layers, or a mean and a slope; valid: "
+          f"({r[0]}, {r[1]}, 0) for the former, ({r[0]}, {r[1]}.0) for the latter"
+        )
       return None, (tuple(r) + (0,) * layers)[where]  # a short list goes on with 0, as in ToMe
     return None, rates.tome_schedule(r, layers)[where]
   keep = site.get(name)

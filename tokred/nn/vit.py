@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -284,6 +285,7 @@ class ViT(nn.Module):
     return jnp.concatenate([x[:, : len(prefix)], registers, x[:, len(prefix) :]], axis=1)
 
   def _pool(self, tokens: Tokens, dtype: Any) -> Array:
+    """A mean counts each token as often as it stands for source tokens, as ToMe and DiffRate do with MAE's models."""
     s, c = self.shape, self.config
     if s.pool == "cls":
       return tokens.x[:, 0]
@@ -291,8 +293,11 @@ class ViT(nn.Module):
     if s.pool == "map":
       pool = AttentionPool(s.num_heads, s.mlp_dim, dtype, c.activation, c.norm_eps, name="pool")
       return pool(tokens.x, patches)
-    total = jnp.where(patches[..., None], tokens.x, 0).astype(jnp.float32).sum(1)
-    mean = total / jnp.maximum(patches.sum(1, keepdims=True), 1)
+    weight = jnp.where(patches, tokens.size, 0.0)
+    if tokens.learned:  # the dead teach their gates what they could have said
+      weight = jnp.where(tokens.protected, 0.0, tokens.size * tokens.mask)
+    total = (weight[..., None] * tokens.visible.astype(jnp.float32)).sum(1)
+    mean = total / jax.lax.stop_gradient(jnp.maximum(weight.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny))
     return mean if s.pool == "avg" else jnp.concatenate([tokens.x[:, 0].astype(jnp.float32), mean], axis=-1)
 
 

@@ -306,21 +306,32 @@ class PeakPlan(Plan):
 
 
 def peaks(tokens: Tokens, plan: Plan) -> Tokens:
-  """Tokens whose owners hold the largest values of their groups already, if the plan asks for these.
+  """Tokens whose owners hold what is no mean of their group: the values of a PeakPlan, and its largest scores.
 
-  Members that are as large share the gradient.
+  A merged token is as important as its most important member to whoever acts next in the block: what the block gave of
+  one number a token, such as cls_attention.  (Bonnaerens & Dambre, 2023, LTMP, arXiv:2307.10780)
   """
-  if not isinstance(plan, PeakPlan):
+  if plan.weight is None:
     return tokens
-  x, index, member = tokens.x, jnp.maximum(plan.owner, 0), plan.owner[..., None] >= 0
+  scores = {
+    name: _largest(value[..., None], plan.owner)[..., 0]
+    for name, value in tokens.feats.items()
+    if value.ndim == 2 and jnp.issubdtype(value.dtype, jnp.floating) and "/" not in name
+  }
+  x = _largest(tokens.x, plan.owner) if isinstance(plan, PeakPlan) else tokens.x
+  return tokens.replace(x=x, feats=tokens.feats | scores)
+
+
+def _largest(x: Array, owner: Array) -> Array:
+  """x (B, N, D), but at owners the largest value of their group; members that are as large share the gradient."""
+  index, member = jnp.maximum(owner, 0), owner[..., None] >= 0
   values = jax.lax.stop_gradient(x)
   low = jnp.full_like(values, jnp.finfo(x.dtype).min)
   one = lambda row, i, update: row.at[i].max(update, mode="promise_in_bounds")  # noqa: E731
   top = member & (values == take(jax.vmap(one)(low, index, jnp.where(member, values, low)), index))
   count = scatter_add(jnp.zeros_like(x), index, top.astype(x.dtype))
   peak = scatter_add(jnp.zeros_like(x), index, jnp.where(top, x, 0)) / jnp.maximum(count, 1)
-  owns = plan.owner == jnp.arange(x.shape[1])
-  return tokens.replace(x=jnp.where(owns[..., None], peak, x))
+  return jnp.where((owner == jnp.arange(x.shape[1]))[..., None], peak, x)
 
 
 def merge_into(tokens: Tokens, owner: Array, order: Array, share: Array | None = None) -> Plan:
