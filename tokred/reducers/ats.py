@@ -32,6 +32,9 @@ def sample(score: Array, free: Array, levels: Array, most: int) -> tuple[Array, 
   The CDF of the scores in ascending order, moved to [0, 1], is read backwards at `levels` even steps from its second
   value to 1; each picks the nearest entry, ties the lower, and an entry that is picked twice counts once.
 
+  Each image is alone here.  In the authors' code an image that has fewer tokens than another of its batch is filled up
+  with zeros, which count from the second such block on: there what it keeps depends on its neighbours.
+
   Args:
     score: (B, N) float32.
     free: (B, N) bool.

@@ -1,6 +1,7 @@
 """The merge half of DiffRate: the least important survivors fold into their most similar betters.
 
-(Chen et al., 2023, arXiv:2305.17997)  The prune half is `topk`; both sites have a learned rate.
+(Chen et al., 2023, arXiv:2305.17997)  The prune half is `topk`; both sites have a learned rate.  The epsilon of the
+authors' masked softmax is `config.model.gate_eps`.
 """
 
 import math

@@ -1,6 +1,6 @@
 """DynamicViT: a small network decides which tokens to drop, trained through straight-through Gumbel decisions.
 
-(Rao et al., 2021, arXiv:2106.02034)
+(Rao et al., 2021, arXiv:2106.02034)  Their masked softmax has an epsilon: `config.model.gate_eps`.
 """
 
 from typing import Any, ClassVar
