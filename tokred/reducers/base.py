@@ -313,25 +313,26 @@ def peaks(tokens: Tokens, plan: Plan) -> Tokens:
   """
   if plan.weight is None:
     return tokens
+  index = jnp.arange(plan.owner.shape[1])
+  owns, member = plan.owner == index, plan.owner[:, None] == index[:, None]  # (B, N), (B, owner, member)
   scores = {
-    name: _largest(value[..., None], plan.owner)[..., 0]
+    name: jnp.where(owns, jnp.where(member, value[:, None], -jnp.inf).max(-1), value)
     for name, value in tokens.feats.items()
     if value.ndim == 2 and jnp.issubdtype(value.dtype, jnp.floating) and "/" not in name
   }
-  x = _largest(tokens.x, plan.owner) if isinstance(plan, PeakPlan) else tokens.x
+  x = jnp.where(owns[..., None], _largest(tokens.x, plan.owner), tokens.x) if isinstance(plan, PeakPlan) else tokens.x
   return tokens.replace(x=x, feats=tokens.feats | scores)
 
 
 def _largest(x: Array, owner: Array) -> Array:
-  """x (B, N, D), but at owners the largest value of their group; members that are as large share the gradient."""
+  """Largest value of each group, channel by channel, at its owner; members that are as large share the gradient."""
   index, member = jnp.maximum(owner, 0), owner[..., None] >= 0
   values = jax.lax.stop_gradient(x)
   low = jnp.full_like(values, jnp.finfo(x.dtype).min)
   one = lambda row, i, update: row.at[i].max(update, mode="promise_in_bounds")  # noqa: E731
   top = member & (values == take(jax.vmap(one)(low, index, jnp.where(member, values, low)), index))
   count = scatter_add(jnp.zeros_like(x), index, top.astype(x.dtype))
-  peak = scatter_add(jnp.zeros_like(x), index, jnp.where(top, x, 0)) / jnp.maximum(count, 1)
-  return jnp.where((owner == jnp.arange(x.shape[1]))[..., None], peak, x)
+  return scatter_add(jnp.zeros_like(x), index, jnp.where(top, x, 0)) / jnp.maximum(count, 1)
 
 
 def merge_into(tokens: Tokens, owner: Array, order: Array, share: Array | None = None) -> Plan:
