@@ -37,12 +37,12 @@ three seeds where something is trained; one of 360 images is 0.28):
 | diffrate, diffrate_alone | prune and merge, counts learned; the counts alone, as its authors do | yes | 99.1, 95.8 |
 | diffrate_released | its authors' counts for DeiT-S at 224 (schedule=deit_s_2.3g, deit_s_2.9g) | yes | not run |
 | tome_learned, tome_learned_half | ToMe, counts learned, from those by hand; from half of all | yes | 99.2, 99.2 |
-| ltmp | merges what is alike and drops what is ignored, by a learned threshold each | yes | 99.1 |
+| ltmp | merges what is alike and drops what is ignored, by a learned threshold each | yes | 99.6 |
 | evit, evit_scheduled | cls attention, the rest fused; counts that fall over half of the training | yes | 98.8, 99.4 |
 | evit_drop | cls attention, the rest dropped | yes | 98.8 |
 | dynamicvit | Gumbel selectors with distillation | yes | 99.4 |
 | mctf | merges by three criteria, consistency | yes | 99.4 |
-| sit, stvit, stvit_recover | soft slots; semantic tokens; and the grid back at the end | yes | 99.2, 99.6, 98.0 |
+| sit, stvit, stvit_recover | soft slots; semantic tokens; and the grid back at the end | yes | 99.1, 99.6, 98.0 |
 | sit_stages | soft slots of soft slots behind each of the first three blocks, as its authors do | yes | 97.3 |
 | avit | halting | yes | 99.5 |
 | autoencoder, autoencoder_alone | keeps what the others cannot reconstruct; on frozen features | yes | 99.3, 99.1 |
