@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
       options = dict(batch_size=_BATCH_SIZE.value or 1, platforms=_PLATFORMS.value, max_new_tokens=_NEW.value)
       told = publish.language(models, _OUTPUT.value, **options)
     else:
-      dense, sizes = tokred.load(_WORKDIR.value, sites={}), [int(size) for size in _LATENCY.value]
+      sizes = [int(size) for size in _LATENCY.value]
+      dense = tokred.load(_WORKDIR.value, sites={}) if sizes else None
       functions |= dict(preprocess=_PREPROCESS.value)
       told = publish.classifier(trained, dense, _OUTPUT.value, _FORMATS.value, sizes, **functions)
   except (ValueError, OSError) as error:

@@ -12,13 +12,13 @@ from tokred.model import Model, freeze
 
 
 def classifier(
-  trained: Model, dense: Model, output: str, formats: Sequence[str], latency: Sequence[int], **options: Any
+  trained: Model, dense: Model | None, output: str, formats: Sequence[str], latency: Sequence[int], **options: Any
 ) -> str:
   """Exports a model of images, with accuracy, times and the largest difference on its card.
 
   Args:
     trained: with parameters; its config says where the data lie.
-    dense: what it is timed in turns with.
+    dense: what it is timed in turns with; None where it is not timed.
     output: the folder, see `export.save`; so are `formats` and the options.
     latency: batch sizes of the times.
 

@@ -313,15 +313,20 @@ def peaks(tokens: Tokens, plan: Plan) -> Tokens:
   """
   if plan.weight is None:
     return tokens
-  index = jnp.arange(plan.owner.shape[1])
-  owns, member = plan.owner == index, plan.owner[:, None] == index[:, None]  # (B, N), (B, owner, member)
+  owns = plan.owner == jnp.arange(plan.owner.shape[1])
   scores = {
-    name: jnp.where(owns, jnp.where(member, value[:, None], -jnp.inf).max(-1), value)
+    name: jnp.where(owns, _highest(value, plan.owner), value)
     for name, value in tokens.feats.items()
     if value.ndim == 2 and jnp.issubdtype(value.dtype, jnp.floating) and "/" not in name
   }
   x = jnp.where(owns[..., None], _largest(tokens.x, plan.owner), tokens.x) if isinstance(plan, PeakPlan) else tokens.x
   return tokens.replace(x=x, feats=tokens.feats | scores)
+
+
+def _highest(score: Array, owner: Array) -> Array:
+  """Highest score of each group, (B, N), at its owner; -inf elsewhere."""
+  member = owner[:, None] == jnp.arange(owner.shape[1])[:, None]  # (B, owner, member), fused away
+  return jnp.where(member, score[:, None], -jnp.inf).max(-1)
 
 
 def _largest(x: Array, owner: Array) -> Array:
