@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ import pytest
 
 from tokred import checkpoint, sharding
 from tokred.checkpoint import CheckpointError, Checkpoints
-from tokred.config import complete, default
+from tokred.config import default
 
 ROOT = Path(__file__).parent.parent
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-3, 10)))
@@ -396,48 +395,6 @@ def test_two_processes(tmp_path):
   with pytest.raises(CheckpointError, match=r"data iterators of 2 processes.*there are 1"):
     checkpoints.restore(target)
   checkpoints.close()
-
-
-def test_config_round_trip(tmp_path):
-  config = complete(
-    {
-      "sites": {"prune": {"reducer": "topk", "layers": (3, 6), "keep": 0.5, "nested": ((1, 2), (3, 4))}},
-      "optim": {"multipliers": ((".*/rate/.*", 10.0),)},
-    }
-  )
-  checkpoint.check_config(tmp_path / "run", config)  # nothing there yet
-  checkpoint.write_config(tmp_path / "run", config)
-  read = checkpoint.read_config(tmp_path / "run")
-  assert read.to_dict() == config.to_dict()
-  assert read.sites.prune.nested == ((1, 2), (3, 4)) and read.is_locked
-  checkpoint.check_config(tmp_path / "run", config)
-  save(tmp_path / "checkpoints", 1)
-  assert checkpoint.read_config(tmp_path / "checkpoints" / "1").to_dict() == default().to_dict()
-  assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
-
-
-def test_config_of_another_run(tmp_path):
-  checkpoint.write_config(tmp_path, complete({"sites": {"prune": {"keep": 0.5}}}))
-  allowed = {"train": {"log_every": 1, "keep_checkpoints": 9}, "mesh": {"fsdp": 2}, "data": {"num_workers": 4}}
-  checkpoint.check_config(tmp_path, complete({"sites": {"prune": {"keep": 0.5}}} | allowed))
-  with pytest.raises(ValueError) as error:
-    checkpoint.check_config(tmp_path, complete({"seed": 3, "sites": {"prune": {"keep": 0.7}, "merge": {"keep": 8}}}))
-  text = str(error.value)
-  assert "config.seed: 0 there, 3 here" in text
-  assert "config.sites.prune.keep: 0.5 there, 0.7 here" in text
-  assert "config.sites.merge.keep: 'absent' there, 8 here" in text
-  assert "another --workdir" in text
-
-
-def test_unreadable_config(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"config.json does not exist; valid: a run directory"):
-    checkpoint.read_config(tmp_path)
-  (tmp_path / "config.json").write_text('{"seed": ')
-  with pytest.raises(ValueError, match=r"config.json is not JSON"):
-    checkpoint.check_config(tmp_path, default())
-  (tmp_path / "config.json").write_text(json.dumps({"sed": 1}))
-  with pytest.raises(ValueError, match=r"config.sed is not a field; did you mean 'seed'"):
-    checkpoint.read_config(tmp_path)
 
 
 def test_signal_is_left_alone(tmp_path):

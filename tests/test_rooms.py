@@ -13,7 +13,7 @@ ROOMS = [  # from the bottom; a room may import those below it, not its neighbou
   {"layout"},
   {"sites"},
   {"nn"},
-  {"arank", "losses", "sharding", "checkpoint", "model"},
+  {"arank", "losses", "sharding", "checkpoint", "run_dir", "model"},
   {"pretrained"},
   {"data", "vqa", "schedules"},
   {"evaluate", "export", "bench", "viz", "calibrate", "probe", "processing"},

@@ -19,7 +19,6 @@ import errno
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -32,20 +31,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from tokred.config import complete
-from tokred.files import MANIFEST, find_damage, reason, remove_unfinished, write_json, write_manifest
+from tokred.files import MANIFEST, find_damage, reason, remove_unfinished, write_manifest
 
-WORDS = "words.json"  # of a run that learned from text: what its tokenizer knows
 FOLDER = "checkpoints"  # inside a run directory
 
 # Written by orbax after the manifest, when it seals the folder; the first is checked by itself, the second is a marker.
 _SEALS = ("_CHECKPOINT_METADATA", "commit_success.txt")
-
-# A run may be resumed with other values of these: they do not change what is learned.
-_MAY_CHANGE = re.compile(
-  r"train\.(log_every|eval_every|checkpoint_every|keep_checkpoints)|data\.(num_workers|prefetch|data_dir|labels)"
-  r"|mesh\..*|eval\..*"
-)
 
 
 class CheckpointError(ValueError):
@@ -250,55 +241,6 @@ def restore_params(
     return checkpointer.restore(folder / "state", args=args)[name]
 
 
-def write_config(directory: str | os.PathLike, config: ConfigDict) -> None:
-  """Writes `config.json` into the run directory, whole or not at all; by the first process only."""
-  if jax.process_index() == 0:
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    write_json(Path(directory) / "config.json", config.to_dict())
-
-
-def read_config(directory: str | os.PathLike) -> ConfigDict:
-  """The config of a run directory, or of the folder of one step, complete and locked.
-
-  Raises:
-    FileNotFoundError: the directory has no `config.json`.
-    ValueError: it is not JSON, or has fields that tokred does not know.
-  """
-  path = Path(directory) / "config.json"
-  if (Path(directory) / "config" / "metadata").is_file():  # as `Checkpoints.save` lays it out
-    path = Path(directory) / "config" / "metadata"
-  if not path.is_file():
-    raise FileNotFoundError(f"{path} does not exist; valid: a run directory, as train.py --workdir makes it")
-  try:
-    plain = json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error}); restore it, or use another --workdir") from None
-  return complete(_tuples(plain))
-
-
-def check_config(directory: str | os.PathLike, config: ConfigDict) -> None:
-  """Checks that a run directory, if it holds a run, holds one of this config.
-
-  Fields that do not change what is learned (logging, worker processes, mesh, ...) may differ.
-
-  Raises:
-    ValueError: other fields differ; the message lists them with both values.
-  """
-  if not (Path(directory) / "config.json").is_file():
-    return
-  saved, given = _flat(read_config(directory).to_dict()), _flat(_tuples(config.to_dict()))
-  lines = [
-    f"config.{name}: {saved.get(name, 'absent')!r} there, {given.get(name, 'absent')!r} here"
-    for name in sorted(saved.keys() | given.keys())
-    if saved.get(name, "absent") != given.get(name, "absent") and not _MAY_CHANGE.fullmatch(name)
-  ]
-  if lines:
-    raise ValueError(
-      f"{Path(directory)} holds a run of another config ({'; '.join(lines)}); "
-      "use another --workdir, or set the fields back to resume"
-    )
-
-
 def _step_folder(path: Path, step: int | None) -> Path:
   if (path / "state").is_dir():
     return path
@@ -397,20 +339,6 @@ def _check_room(directory: Path, state: Any) -> None:
   needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(directory).free
   if free < needed:
     raise OSError(errno.ENOSPC, f"{free:,} bytes are free, {needed:,} needed")
-
-
-def _tuples(value: Any) -> Any:
-  """JSON has no tuples, configs have no lists."""
-  if isinstance(value, Mapping):
-    return {key: _tuples(item) for key, item in value.items()}
-  return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-  return flat
 
 
 def _quiet(record: logging.LogRecord) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import traverse_util
 
-from tokred import checkpoint, export, lora, pretrained
+from tokred import checkpoint, export, lora, pretrained, run_dir
 from tokred.config import complete
 from tokred.model import Model, build, init
 from tokred.nn.vit import shape
@@ -78,10 +78,10 @@ def read_config(path: str | os.PathLike[str], model: Mapping[str, Any] | None = 
   if (path / export.CARD).exists():
     return export.read_config(path)
   found = checkpoint.steps(path / checkpoint.FOLDER)  # the last one's config: its rates may be frozen
-  config = checkpoint.read_config(path / checkpoint.FOLDER / str(found[-1]) if found else path)
-  if (path / checkpoint.WORDS).exists() and not config.text.tokenizer:
+  config = run_dir.read_config(path / checkpoint.FOLDER / str(found[-1]) if found else path)
+  if (path / run_dir.WORDS).exists() and not config.text.tokenizer:
     with config.unlocked():
-      config.text.tokenizer = str(path / checkpoint.WORDS)
+      config.text.tokenizer = str(path / run_dir.WORDS)
   return config
 
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import tokred
-from tokred import checkpoint
+from tokred import checkpoint, run_dir
 from tokred.train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -230,7 +230,7 @@ class TestRunDirectory:
     with pytest.raises(ValueError, match=r"another config \(config.optim.lr: 0.003 there, 0.5 here\); use another"):
       train(config, workdir)
     assert len(compilations) == before
-    assert checkpoint.read_config(workdir) == micro.config(data=dict(labels=tuple("0123456789")))
+    assert run_dir.read_config(workdir) == micro.config(data=dict(labels=tuple("0123456789")))
 
   def test_with_other_logging_is_resumed(self, workdir):
     assert train(micro.config(train=dict(log_every=2), eval=dict(batch_size=30)), workdir)["step"] == micro.STEPS

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from tokred import checkpoint, loading, sharding
+from tokred import checkpoint, loading, run_dir, sharding
 from tokred.config import complete
 from tokred.model import build
 from tokred.train import loop
@@ -85,7 +85,7 @@ def test_what_a_run_leaves(run):
   assert summary["examples"] == 30 and summary["counts"] == [17, 17] and summary["step"] == micro.STEPS
   assert summary["gflops"] == pytest.approx(build(micro.config()).flops / 1e9)
   named = micro.config(data=dict(labels=tuple("0123456789")))
-  assert loading.load(workdir).config == named == checkpoint.read_config(workdir)
+  assert loading.load(workdir).config == named == run_dir.read_config(workdir)
   assert checkpoint.steps(workdir / checkpoint.FOLDER) == [3, 6]
   assert list(workdir.glob("events.out.tfevents*"))
   lines = micro.metrics(workdir)
@@ -110,7 +110,7 @@ def test_learned_rates_are_frozen_and_go_on_in_gather_mode(run):
   assert [line["step"] for line in micro.metrics(workdir, "eval/")] == [4]
   assert summary["counts"][0] == 17 and 2 <= summary["counts"][1] < 17
   assert not any(name.endswith("rate/logits") for name in micro.state(workdir))
-  assert checkpoint.read_config(workdir).sites.rates.rate == "learned"  # as the user gave it
+  assert run_dir.read_config(workdir).sites.rates.rate == "learned"  # as the user gave it
   frozen = loading.read_config(workdir)  # as it is now
   assert frozen.train.mode == "gather" and frozen.sites.rates.keep[1] == (summary["counts"][1],)
   (prune,), (merge,) = frozen.sites.rates.keep

@@ -19,7 +19,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from tokred import checkpoint, evaluate, loading, lora, pretrained, rates, schedules, sharding
+from tokred import checkpoint, evaluate, loading, lora, pretrained, rates, run_dir, schedules, sharding
 from tokred import data as tokred_data
 from tokred.config import complete
 from tokred.files import write_json
@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, mesh, config.train.accumulate)
   phase = Phase(config, mesh, total)
-  checkpoint.check_config(workdir, config)
+  run_dir.check_config(workdir, config)
   batches, eval_batches = _data(config)
   for kept in (config, phase.config):  # whoever loads the model shall know what its classes are called
     with kept.unlocked():
@@ -72,7 +72,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
   teacher = _teacher(phase)
   state = None if checkpoint.steps(workdir / checkpoint.FOLDER) else _first_state(phase)
   _write_words(config, workdir)
-  checkpoint.write_config(workdir, config)  # only here: what fails before leaves no run that could be in the way
+  run_dir.write_config(workdir, config)  # only here: what fails before leaves no run that could be in the way
   saved = checkpoint.Checkpoints(workdir / checkpoint.FOLDER, config.train.keep_checkpoints)
   try:
     step = saved.latest_step() or 0
@@ -211,7 +211,7 @@ class _Run:
 
 def _resumed(phase: Phase, folder: Path, total: int) -> Phase:
   """The phase of a checkpoint: where its rates were frozen it knows better, while other fields may have changed."""
-  saved, config = checkpoint.read_config(folder), phase.config
+  saved, config = run_dir.read_config(folder), phase.config
   if saved.train.mode == config.train.mode:
     return phase
   with config.unlocked():
@@ -247,7 +247,7 @@ def _write_words(config: ConfigDict, workdir: Path) -> None:
   """The words that a tokenizer was made of stay with the run."""
   if config.model.name == "vlm" and not config.text.tokenizer and jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    tokred_data.tokenizer(config).write(workdir / checkpoint.WORDS)
+    tokred_data.tokenizer(config).write(workdir / run_dir.WORDS)
 
 
 def _first_state(phase: Phase) -> Any:
