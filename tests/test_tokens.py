@@ -82,6 +82,20 @@ def test_forms_give_the_same_bits():
       jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.parametrize("function", [tk.fold, lambda tokens, plan, form: tk.compact(tokens, plan, 1, form=form)])
+@pytest.mark.parametrize("form", [None, "one_hot"])
+def test_a_mean_of_many_in_bfloat16(function, form):
+  """The mean of 512 ones is 1; a sum in bfloat16 stops at 256, where one more is lost to rounding."""
+  n = 512
+  tokens = tk.start(jnp.ones((1, n, 2), jnp.bfloat16))
+  first = jnp.zeros((1, n), jnp.int32)
+  weight = tk.average_weight(first, tokens.size)
+  plan = tk.Plan(owner=first, order=jnp.arange(n)[None], gate=jnp.arange(n)[None] == 0, weight=weight)
+  out = function(tokens, plan, form=form)
+  assert out.x.dtype == jnp.bfloat16 and out.size[0, 0] == n
+  np.testing.assert_allclose(out.x[:, 0].astype(jnp.float32), 1.0)
+
+
 def test_take_keeps_dtype_and_integers():
   index = jnp.array([[2, 0]])
   for values in (jnp.array([[1 << 20, 5, 7]], jnp.int32), jnp.array([[True, False, False]])):

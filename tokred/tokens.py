@@ -266,13 +266,14 @@ def fold(tokens: Tokens, plan: Plan, *, survival: Array | None = None, form: str
   x, size = tokens.x, tokens.size
   owns = plan.owner == jnp.arange(x.shape[1])
   if plan.weight is not None:
-    weight = jnp.where(plan.owner >= 0, plan.weight, 0.0).astype(x.dtype)  # that of a dead token may be garbage
+    weight = jnp.where(plan.owner >= 0, plan.weight, 0.0)  # that of a dead token may be garbage
     if scatters() and form is None:
-      given = x * weight[..., None]
+      given = x.astype(jnp.float32) * weight[..., None]  # a sum of many in bfloat16 stops growing
       moves = (plan.owner >= 0) & ~owns
-      given, x = jnp.where(moves[..., None], given, 0), jnp.where(owns[..., None], given, x)
-      x = scatter_add(x, jnp.maximum(plan.owner, 0), given)
+      given, total = jnp.where(moves[..., None], given, 0), jnp.where(owns[..., None], given, x)
+      x = scatter_add(total, jnp.maximum(plan.owner, 0), given).astype(x.dtype)
     else:
+      weight = weight.astype(x.dtype)
       merge = jax.nn.one_hot(plan.owner, x.shape[1], axis=1, dtype=x.dtype)  # (B, owner, member); a row of -1 is zero
       merged = jnp.einsum("bon,bnd->bod", merge * weight[:, None], x, precision="highest")
       x = jnp.where(owns[..., None], merged, x)
@@ -299,8 +300,8 @@ def compact(tokens: Tokens, plan: Plan, k: int, *, form: str | None = None) -> T
   if plan.weight is not None and gone.shape[1]:
     owner = take(plan.owner, gone)
     target = jnp.where(owner >= 0, take(place, jnp.maximum(owner, 0)), -1)
-    weight = jnp.where(target >= 0, take(plan.weight, gone), 0.0).astype(x.dtype)
-    x = x * take(plan.weight, kept)[..., None].astype(x.dtype)
+    weight = jnp.where(target >= 0, take(plan.weight, gone), 0.0)
+    dtype, x = x.dtype, x.astype(jnp.float32) * take(plan.weight, kept)[..., None]
     # A zero weight does not silence the garbage that a dead token may hold.
     gone_x = jnp.where(target[..., None] >= 0, standing(tokens.x, gone, place, k, form), 0)
     gone_size = jnp.where(target >= 0, take(tokens.size, gone), 0.0)
@@ -308,9 +309,11 @@ def compact(tokens: Tokens, plan: Plan, k: int, *, form: str | None = None) -> T
       target = jnp.maximum(target, 0)
       x, size = scatter_add(x, target, gone_x * weight[..., None]), scatter_add(size, target, gone_size)
     else:
-      merge = jax.nn.one_hot(target, k, axis=1, dtype=x.dtype)  # (B, K, gone): only the tokens that go are multiplied
-      x = x + jnp.einsum("bkn,bnd->bkd", merge * weight[:, None], gone_x, precision="highest")
-      size = size + jnp.einsum("bkn,bn->bk", merge.astype(jnp.float32), gone_size, precision="highest")
+      merge = jax.nn.one_hot(target, k, axis=1, dtype=dtype)  # (B, K, gone): only the tokens that go are multiplied
+      product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+      x = x + product("bkn,bnd->bkd", merge * weight[:, None].astype(dtype), gone_x)
+      size = size + product("bkn,bn->bk", merge.astype(jnp.float32), gone_size)
+    x = x.astype(dtype)
   mask = tokens.alive & (plan.gate > 0)
   rest = (mask, tokens.position, tokens.protected, tokens.feats)
   mask, position, protected, feats = jax.tree.map(lambda leaf: standing(leaf, kept, place, form=form), rest)
