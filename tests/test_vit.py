@@ -134,6 +134,17 @@ def test_a_mean_counts_each_token_as_often_as_it_stands_for_patches(mode):
   np.testing.assert_allclose(out.features, want, atol=1e-6)
 
 
+def test_gates_learn_how_they_move_a_mean():
+  """mean = sum(g x) / sum(g), so d mean / d g_i = (x_i - mean) / sum(g): with x = (1, 5, 9), g = (1, 1, 0) it is
+  (1 - 3) / 2, (5 - 3) / 2, (9 - 3) / 2, and 0 for CLS."""
+  module = make({"s": dict(reducer="topk", score="key_norm", layers=(1,), keep=6)}, pool="avg", class_token=True)
+  tokens = tk.start(jnp.asarray([7.0, 1.0, 5.0, 9.0])[None, :, None], num_prefix_tokens=1)
+  pooled = lambda gate: module._pool(tokens.replace(mask=gate), jnp.float32)[0, 0]  # noqa: E731
+  gate = jnp.asarray([[1.0, 1.0, 1.0, 0.0]])
+  assert pooled(gate) == 3.0
+  np.testing.assert_allclose(jax.grad(pooled)(gate)[0], [0.0, -1.0, 1.0, 3.0])
+
+
 def test_sincos2d_by_hand():
   # width 8: frequencies 1 and 1e-4; columns [sin x, cos x, sin y, cos y], rows row-major over (y, x)
   table = vit.sincos2d((2, 3), 8)[0]
