@@ -36,6 +36,12 @@ def batches(size=16, split=SPLIT):
   return eval_batches(data, split, image_size=(8, 8), channels=1, num_classes=10, batch_size=size)
 
 
+def test_logits_that_are_no_numbers_are_no_answers(model):
+  broken = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * jnp.nan, model.params))
+  result = evaluate(broken)
+  assert result["accuracy"] == result["accuracy_top5"] == 0.0 and np.isnan(result["loss"])
+
+
 def test_accuracy_and_loss_as_numpy_counts_them(model):
   right, losses = [], []
   for batch in batches():

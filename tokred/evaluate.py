@@ -29,6 +29,7 @@ def eval_step(module: ViT, mode: str) -> Any:
     rank = jnp.sum(output.logits > best, axis=1)  # classes that beat the right one
     ties = (output.logits == best) & (jnp.arange(output.logits.shape[1]) < batch["label"][:, None])
     rank = rank + ties.sum(1)  # argmax takes the first of equals
+    rank = jnp.where(jnp.isnan(output.logits).any(1), output.logits.shape[1], rank)  # is no answer
     loss = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["label"])
     counts = jnp.stack([jnp.asarray(c, jnp.float32) for c in output.counts])
     return {
