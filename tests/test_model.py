@@ -158,6 +158,16 @@ def test_no_sites_is_the_dense_model():
   assert not np.allclose(dense(IMAGES).logits, model(IMAGES).logits)
 
 
+def test_a_learned_count_is_an_images_own():
+  """Where a threshold leaves few, ToMe cannot merge as many; what the batch's other images left is not asked."""
+  first = dict(reducer="topk", layers=(0,), score="token_norm", rate="threshold", threshold=3.0, keep=1.0)
+  model = make(2, first=first, merge=dict(reducer="tome", layers=(1,), rate="learned"))
+  model = set_rate(model, "merge", 1, 4)
+  alive = np.asarray(model(IMAGES).tokens.alive.sum(1))
+  assert len(set(alive)) > 1
+  assert alive.tolist() == [int(model(IMAGES[i : i + 1]).tokens.alive.sum()) for i in range(5)]
+
+
 # Freezing.
 
 

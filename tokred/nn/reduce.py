@@ -42,11 +42,11 @@ class Step(nn.Module):
       initial = max(spot.initial - spot.protected, 0)
       count, survival = rates.Learned(spot.candidates, spot.protected, initial, name="rate")(n)
       fewest = jnp.asarray([reducer.fewest(arriving, spot.protected) for arriving in range(n + 1)], jnp.float32)
-      count = jnp.maximum(count, fewest[tokens.alive.sum(1).max()])  # less is not to be had, and no loss asks for it
+      count = jnp.maximum(count, fewest[tokens.alive.sum(1)])  # (B,): less is not to be had, and no loss asks for it
       tokens, report = reducer(
         tokens, count.astype(jnp.int32), train=train, mode=mode, survival=survival if train else None
       )
-      return tokens, report | {"count": count}
+      return tokens, report | {"count": count.mean()}
     if spot.rate == "threshold" and not isinstance(keep, rates.Threshold):
       keep = rates.Threshold(spot.threshold, spot.keep)
     if spot.rate == "learned_threshold":
