@@ -118,6 +118,7 @@ def test_shares_that_images_and_layers_may_have_by_hand():
   np.testing.assert_allclose(losses.keep_ratio(shares, [0.5, 0.5], dynamic=True), 9 / 128, rtol=1e-6)
   # At least 0.3: 0.05 and 0 are missing in the first, 0.3 and 0.05 in the second: 0.025 + 0.175.
   np.testing.assert_allclose(losses.min_ratio(shares, 0.3), 0.2, rtol=1e-6)
+  assert losses.min_ratio((), 0.3).dtype == jnp.float32  # nobody draws: micro-batches carry it along nevertheless
 
 
 def test_shares_of_a_model():

@@ -128,7 +128,7 @@ def min_ratio(shares: Sequence[Array], least: float) -> Array:
 
   The authors sum over the images, too: their weight is ours over the batch size.
   """
-  return sum(jax.nn.relu(least - share).mean() for share in shares)
+  return sum((jax.nn.relu(least - share).mean() for share in shares), jnp.zeros(()))
 
 
 def halting_prior(halting: Sequence[Array], running: Sequence[Array], depth: float) -> Array:

@@ -220,7 +220,8 @@ def ranks(tokens: Tokens, score: Array) -> Array:
   Ties go to the lower index; a NaN score counts as the worst.  `inverse` of it is the order.
   """
   score = score.astype(jnp.float32)
-  key = jnp.where(jnp.isnan(score), jnp.finfo(jnp.float32).min, jnp.clip(score, jnp.finfo(jnp.float32).min))
+  limits = jnp.finfo(jnp.float32)
+  key = jnp.where(jnp.isnan(score), limits.min, jnp.clip(score, limits.min, limits.max))
   key = jnp.where(tokens.protected, jnp.inf, key)
   key = jnp.where(tokens.alive, key, -jnp.inf)
   return rank(-jax.lax.stop_gradient(key))
