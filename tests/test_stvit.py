@@ -14,9 +14,9 @@ from tokred import cost
 from tokred.reducers import stvit
 
 
-def test_cells():
+def test_windows():
   """Five into two: floor(0), ceil(2.5) is 0 to 2; floor(2.5), ceil(5) is 2 to 4."""
-  rows = stvit.cells((5, 2), 2).reshape(4, 5, 2)
+  rows = stvit.windows((2, 2), (5, 2)).reshape(4, 5, 2)
   assert rows[0, :, 0].tolist() == [True, True, True, False, False] and not rows[0, :, 1].any()
   assert rows[3, :, 1].tolist() == [False, False, True, True, True] and not rows[3, :, 0].any()
 

@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from tokred import tokens as tk
+from tokred.reducers.stvit import windows
 from tokred.tokens import Array, Tokens
 
 _EPS = 1e-6
@@ -38,19 +39,6 @@ def shape_of(count: int, grid: tuple[int, int], *, even: bool = False) -> tuple[
     kind = "windows of one size on" if even else "rows and columns within"
     raise ValueError(f"config.projector.num_tokens={count}: valid are {kind} a grid of {rows} x {columns} patches")
   return min(found, key=lambda s: abs(math.log(s[0] / s[1] * columns / rows)))
-
-
-def windows(shape: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
-  """Which patches belong to which window, (M, S) bool: [floor(i n / m), ceil((i + 1) n / m)) along each side.
-
-  Windows overlap where the sides do not divide, as in adaptive pooling elsewhere.
-  """
-  sides = []
-  for out, n in zip(shape, grid, strict=True):
-    i, place = np.arange(out)[:, None], np.arange(n)[None]
-    sides.append((place >= i * n // out) & (place < -(-(i + 1) * n // out)))
-  rows, columns = sides
-  return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(shape[0] * shape[1], grid[0] * grid[1])
 
 
 def on_grid(tokens: Tokens, values: Array, grid: tuple[int, int]) -> tuple[Array, Array]:

@@ -21,19 +21,17 @@ from tokred.tokens import Array, Tokens, restore, take
 POOLS = ("max", "avg")
 
 
-def cells(grid: tuple[int, int], side: int) -> np.ndarray:
-  """Who is in which cell of an adaptive pooling: (side^2, h w) bool.
+def windows(shape: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+  """Which patches belong to which window, (M, S) bool: [floor(i n / m), ceil((i + 1) n / m)) along each side.
 
-  Along an axis of n, cell i holds floor(i n / side) to ceil((i + 1) n / side) - 1: cells overlap where side does not
-  divide n.
+  Windows overlap where the sides do not divide, as in adaptive pooling elsewhere.
   """
-
-  def along(n: int) -> np.ndarray:
-    i, at = np.arange(side)[:, None], np.arange(n)
-    return (at >= i * n // side) & (at < -(-(i + 1) * n // side))
-
-  rows, columns = (along(n) for n in grid)
-  return np.einsum("ah,bw->abhw", rows, columns).reshape(side * side, grid[0] * grid[1])
+  sides = []
+  for out, n in zip(shape, grid, strict=True):
+    i, place = np.arange(out)[:, None], np.arange(n)[None]
+    sides.append((place >= i * n // out) & (place < -(-(i + 1) * n // out)))
+  rows, columns = sides
+  return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(shape[0] * shape[1], grid[0] * grid[1])
 
 
 def largest(x: Array, member: Array, gate: Array, learned: bool) -> Array:
@@ -139,7 +137,7 @@ class STViT(Reducer):
     gate = jnp.where(tokens.protected, 0.0, gate)
     # Cells by position, so that tokens may have moved, merged or gone before.
     place = jnp.clip(tokens.position - prefix, 0, grid[0] * grid[1] - 1)
-    member = jnp.asarray(cells(grid, side).T)[place].swapaxes(1, 2) & ~tokens.protected[:, None]  # (B, K, N)
+    member = jnp.asarray(windows((side, side), grid).T)[place].swapaxes(1, 2) & ~tokens.protected[:, None]  # (B, K, N)
     share = shares(jnp.zeros(member.shape), member * gate[:, None])
     if self.pool == "avg":
       s = jnp.einsum("bkn,bnd->bkd", share, x, precision="highest")
