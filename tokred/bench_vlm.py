@@ -7,7 +7,6 @@ All functions of all models take turns, as in `tokred.bench`; prompts are random
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from tokred import cost
 from tokred.bench import Timing, interleave
+from tokred.files import write_json
 from tokred.model import Reader, freeze
 from tokred.nn import placeholders
 
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = measure(models, **sizes, rounds=flags.rounds)
     print(format_table(rows))
     if flags.json:
-      Path(flags.json).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+      write_json(Path(flags.json), [dataclasses.asdict(row) for row in rows])
   except (ValueError, OSError) as error:
     sys.exit(f"tokred.bench_vlm: {error}")
 

@@ -16,11 +16,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = ("No space left", "Disk quota exceeded", "File too large")  # tensorstore reports no errno
 
 
-def write_json(path: Path, content: Any) -> None:
-  """Writes JSON under a temporary name and renames it, so that readers find the old file or the new one."""
+def write_whole(path: Path, content: bytes) -> None:
+  """Writes under a temporary name and renames, so that readers find the old file or the new one."""
   tmp = path.with_name(f".{path.name}.tmp")
-  tmp.write_text(json.dumps(content, indent=2) + "\n")
+  tmp.write_bytes(content)
   os.replace(tmp, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+  """Writes JSON, whole or not at all."""
+  write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_manifest(folder: str | os.PathLike, leave_out: Collection[str] = ()) -> None:

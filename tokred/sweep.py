@@ -31,6 +31,7 @@ from tokred import data as tokred_data
 from tokred import evaluate as tokred_evaluate
 from tokred import model as tokred_model
 from tokred.config import complete, default, nearest
+from tokred.files import write_whole
 from tokred.model import Model, freeze
 from tokred.rates import LEARNED
 from tokred.reducers import REGISTRY
@@ -213,11 +214,11 @@ def write(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
   writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
-  _replace(workdir / "results.csv", text.getvalue().encode())
-  _replace(workdir / "table.md", (table(rows) + "\n").encode())
-  _replace(workdir / "accuracy_gflops.png", plot(rows, "gflops", "GFLOPs an image"))
+  write_whole(workdir / "results.csv", text.getvalue().encode())
+  write_whole(workdir / "table.md", (table(rows) + "\n").encode())
+  write_whole(workdir / "accuracy_gflops.png", plot(rows, "gflops", "GFLOPs an image"))
   if any(row["batch_size"] for row in rows):
-    _replace(workdir / "accuracy_speed.png", plot(_same_clock(rows), "images_per_second", "images/s, measured"))
+    write_whole(workdir / "accuracy_speed.png", plot(_same_clock(rows), "images_per_second", "images/s, measured"))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -349,12 +350,6 @@ def _forget() -> None:
   tokred_model.forward.cache_clear()
   tokred_evaluate.eval_step.cache_clear()
   jax.clear_caches()
-
-
-def _replace(path: Path, content: bytes) -> None:
-  partial = path.with_name(f".{path.name}.tmp")
-  partial.write_bytes(content)
-  os.replace(partial, path)
 
 
 def main() -> None:
