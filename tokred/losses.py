@@ -27,7 +27,9 @@ def cross_entropy(logits: Array, target: Array, label_smoothing: float = 0.0) ->
   return optax.softmax_cross_entropy(logits, optax.smooth_labels(target, label_smoothing)).mean()
 
 
-def distill_logits(logits: Array, teacher: Array, temperature: float = 1.0, counted: Array | None = None) -> Array:
+def distill_logits(
+  logits: Array, teacher: Array, temperature: float = 1.0, counted: Array | None = None, number: Array | None = None
+) -> Array:
   """KL(teacher || student) tau^2, mean over the batch, or over some.  (Hinton et al., 2015, arXiv:1503.02531)
 
   Args:
@@ -35,14 +37,17 @@ def distill_logits(logits: Array, teacher: Array, temperature: float = 1.0, coun
     teacher: likewise.
     temperature: tau.
     counted: (B, S) bool; None: all.
+    number: see `mean_of`.
   """
   log_q = jax.nn.log_softmax(logits / temperature)
   log_p = jax.nn.log_softmax(teacher / temperature)
   each = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * temperature**2
-  return each.mean() if counted is None else mean_of(each, counted)
+  return each.mean() if counted is None else mean_of(each, counted, number)
 
 
-def answers(logits: Array, ids: Array, answer: Array, label_smoothing: float = 0.0) -> Array:
+def answers(
+  logits: Array, ids: Array, answer: Array, label_smoothing: float = 0.0, number: Array | None = None
+) -> Array:
   """Cross-entropy of the tokens of answers, each told from what stands before it; their mean over the batch.
 
   Args:
@@ -50,14 +55,19 @@ def answers(logits: Array, ids: Array, answer: Array, label_smoothing: float = 0
     ids: (B, S) int32.
     answer: (B, S) bool, the tokens that the model shall have written.
     label_smoothing: share of the target that is spread over the vocabulary.
+    number: see `mean_of`.
   """
   target = optax.smooth_labels(jax.nn.one_hot(ids[:, 1:], logits.shape[-1]), label_smoothing)
-  return mean_of(optax.softmax_cross_entropy(logits[:, :-1], target), answer[:, 1:])
+  return mean_of(optax.softmax_cross_entropy(logits[:, :-1], target), answer[:, 1:], number)
 
 
-def mean_of(values: Array, counted: Array) -> Array:
-  """Mean of the values that are counted, 0 where there are none; values and counted (B, S)."""
-  return jnp.where(counted, values, 0.0).sum() / jnp.maximum(counted.sum(), 1)
+def mean_of(values: Array, counted: Array, number: Array | None = None) -> Array:
+  """Mean of the values that are counted, 0 where there are none; values and counted (B, S).
+
+  `number` replaces how many are counted, where these are a part of those that the mean is over.
+  """
+  number = jnp.maximum(counted.sum(), 1) if number is None else number
+  return jnp.where(counted, values, 0.0).sum() / number
 
 
 def distill_tokens(tokens: Tokens, teacher: Array, kl: bool = False) -> Array:

@@ -1,21 +1,24 @@
 """Vision-language models learn from conversations: two stages, adapters, reducers, a resumed run, a list of budgets."""
 
+import functools
 import json
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import tokred
-from tokred import sharding
+from tokred import data, losses, sharding
 from tokred.budgets import judge
 from tokred.config import complete
 from tokred.losses import answers, reported
 from tokred.model import init
+from tokred.train import step
 from tokred.train.loop import train
 from tokred.train.phase import Phase
 
@@ -169,6 +172,24 @@ def test_loss_is_on_answers_alone():
   logits[0, 0, 1] = 2.0
   got = answers(logits, np.array([[0, 1, 0]]), np.array([[False, True, True]]))
   np.testing.assert_allclose(got, (np.log1p(np.exp(-2.0)) + np.log(2.0)) / 2, rtol=1e-6)
+
+
+def test_accumulation_is_the_mean_over_the_batch(talks):
+  """Answers of 1, 6, 2 and 4 ids: a mean of means would be another loss."""
+  config = recipe(talks, text__pack=False, loss__distill_logits=1.0)
+  module = tokred.build(config).module
+  params, teaches = init(module, 0), functools.partial(module.apply, {"params": init(module, 1)})
+  batch = {name: jnp.asarray(a) for name, a in next(data.feed(config, "train", train=True, batch_size=4)).items()}
+  place = jnp.arange(96)
+  batch["answer"] = (place >= 2) & (place < 2 + jnp.array([1, 6, 2, 4])[:, None])
+
+  def loss(params, batch, rng, keeps, teacher):
+    _, terms, accuracy = step._answer(config.loss, module, params, teaches, batch, "mask", keeps, {})
+    return losses.total(config.loss, terms), terms | {"accuracy": accuracy}
+
+  one, *others = (step._accumulate(loss, params, batch, jax.random.key(0), None, None, n) for n in (1, 2, 4))
+  for other in others:
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), one, other)
 
 
 @pytest.mark.parametrize("method", ["gumbel", "queries", "visionzip", "pdrop", "random"])

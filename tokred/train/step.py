@@ -104,13 +104,16 @@ def _answer(
   kinds = dict(train=True, mode=mode, known=known, keeps=keeps, rngs=streams)
   output = module.apply({"params": params}, **inputs, **kinds)
   logits, answer = tokens.restore(output.logits, output.tokens.owner), batch["answer"] > 0
-  terms = {"cross_entropy": losses.answers(logits, batch["ids"], answer, weights.label_smoothing)}
+  number = batch["answers"].sum() if "answers" in batch else None
+  terms = {"cross_entropy": losses.answers(logits, batch["ids"], answer, weights.label_smoothing, number)}
   if teacher is not None:
     taught = teacher(**inputs, mode="mask")
     taught = tokens.restore(taught.logits, taught.tokens.owner)
-    terms["distill_logits"] = losses.distill_logits(logits[:, :-1], taught[:, :-1], weights.temperature, answer[:, 1:])
+    terms["distill_logits"] = losses.distill_logits(
+      logits[:, :-1], taught[:, :-1], weights.temperature, answer[:, 1:], number
+    )
   right = logits[:, :-1].argmax(-1) == batch["ids"][:, 1:]
-  accuracy = losses.mean_of(right.astype(jnp.float32), answer[:, 1:])
+  accuracy = losses.mean_of(right.astype(jnp.float32), answer[:, 1:], number)
   return output, terms | losses.reports(weights, module, output), accuracy
 
 
@@ -156,6 +159,10 @@ def _accumulate(loss: Any, params: Any, batch: dict, rng: Any, keeps: Any, teach
   if pieces == 1:
     (value, metrics), grads = grad(params, batch, rng, keeps, teacher)
     return grads, {"loss": value} | metrics
+  if "answer" in batch:  # answers differ in length: each piece divides by its share of the batch's, not by its own
+    rows = batch["answer"].shape[0]
+    answers = jnp.maximum((batch["answer"][:, 1:] > 0).sum(), 1) / rows
+    batch = batch | {"answers": jnp.full(rows, answers)}
   split = jax.tree.map(lambda a: a.reshape(a.shape[0] // pieces, pieces, *a.shape[1:]).swapaxes(0, 1), batch)
 
   def add(total: Any, piece: Any) -> tuple[Any, None]:
