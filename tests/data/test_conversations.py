@@ -172,6 +172,8 @@ def test_sharing_an_image(folder, tmp_path):
     assert batch["position"][row][part].tolist() == list(range(3, 3 + part.sum()))
     assert not batch["answer"][row][np.flatnonzero(part)[0]]
   assert batch["slot"][row].tolist() == [[1, 2]] and batch["mask"][row].sum() == 3 + 6 + 5
+  text, images, patches = loader.rows
+  assert text.max() == 1 + 6 + 5 and images.tolist() == [1, 1] and patches == 2
   with pytest.raises(ValueError, match=r"config.text.share=True: conversation 1 has 0 images; valid: one"):
     batches(folder, train=True, share=True)
 

@@ -192,6 +192,43 @@ def test_accumulation_is_the_mean_over_the_batch(talks):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), one, other)
 
 
+@pytest.fixture(scope="module")
+def mixed(talks):
+  """Two images, one, and none, but a long text."""
+  many = " ".join(["is"] * 60)
+  texts = (["<image> or <image>", "yes"], ["<image>\nIs it?", "no"], [f"{many}?", f"a model {many}"])
+  folder, lines = talks / "mixed", []
+  folder.mkdir()
+  for turns, images in zip(texts, (["0.png", "1.png"], ["0.png"], []), strict=True):
+    said = [dict(value=text, **{"from": "human" if i == 0 else "gpt"}) for i, text in enumerate(turns)]
+    lines.append(json.dumps(dict(conversations=said, image=images)))
+  for number in range(2):
+    Image.open(talks / f"train{number}.png").save(folder / f"{number}.png")
+  (folder / "train.jsonl").write_text("\n".join(lines))
+  return folder
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_rows_with_fewer_images_lose_no_text(mixed, pack):
+  """Of 150 places a row without an image fills 120 with text, and two images are 32: what is known says so."""
+  config = recipe(mixed, text__max_length=150, text__images=2, text__pack=pack, data__train_split="train")
+  with config.unlocked():
+    site = dict(reducer="topk", score="token_norm", keep=0.25)
+    config.sites.seen = dict(site, place="output")
+    if not pack:
+      config.sites.read = dict(site, stack="llm", layers=(1,), place="before")
+  batches, module = data.feed(config, "train", train=True, batch_size=4), tokred.build(config).module
+  batch, known = next(batches), module.known_of(*batches.rows)
+  counted = module.known(batch["ids"], batch["slot"], batch["mask"])
+  assert known == counted and known.census.free == 0 and known.census.text > 150 - 2 * 16
+  params, look = init(module, 0), functools.partial(step._answer, config.loss, module)
+  (_, one, right), (_, two, also_right) = (
+    look(params, None, batch, mode, None, {}, known) for mode in ("mask", "gather")
+  )
+  np.testing.assert_allclose(one["cross_entropy"], two["cross_entropy"], rtol=1e-5)
+  assert right == also_right
+
+
 @pytest.mark.parametrize("method", ["gumbel", "queries", "visionzip", "pdrop", "random"])
 def test_recipes_build(method):
   config = vlm_easy.get_config(f"method={method}")

@@ -273,6 +273,15 @@ class Layout:
   def __len__(self) -> int:
     return len(self.rows)
 
+  def sizes(self) -> tuple[np.ndarray, np.ndarray, int]:
+    """Tokens of text and images of each row, (rows,) int both, and the patches of an image."""
+    c, of_row = self.corpus, lambda values: np.array([values[row].sum() for row in self.rows])
+    length, images = of_row(np.diff(c.starts)), of_row(c.counts)
+    if self.share:  # what they begin with stands there once
+      again = images - 1
+      length, images = length - again * [c.shared(row[0], self.image_token) for row in self.rows], images - again
+    return length - images * self.patches, images, self.patches
+
   def empty(self, batch: int) -> Batch:
     out = {
       "ids": np.full((batch, self.length), self.pad, np.int32),

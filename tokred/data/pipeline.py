@@ -131,6 +131,11 @@ class TrainBatches:
     self._number += 1
     return batch
 
+  @property
+  def rows(self) -> tuple[np.ndarray, np.ndarray, int] | None:
+    """Of conversations: `Layout.sizes`; of images None."""
+    return self._batch_at.layout.sizes() if hasattr(self._batch_at, "layout") else None
+
   def get_state(self) -> dict[str, int]:
     """What `set_state` needs to go on after the batch that was yielded last; goes into JSON."""
     return {"batches": self._number, **self._batch_at.identity()}

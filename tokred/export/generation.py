@@ -197,7 +197,8 @@ def _functions(
   module, shape = model.module, jax.ShapeDtypeStruct
   batch, images = card["batch_size"], card["images"]
   ids, slot = (batch, card["prompt_length"]), (batch, images, card["patches"])
-  known, room = module.known_of(ids, slot), card["max_new_tokens"] - 1
+  text = card["prompt_length"] - images * card["patches"]
+  known, room = module.known_of(text, images, card["patches"]), card["max_new_tokens"] - 1
   apply = lambda flat, *a, **k: module.apply({"params": traverse_util.unflatten_dict(flat, sep="/")}, *a, **k)  # noqa: E731
 
   def encoder(flat: Any, images: Any, slot: Any) -> tuple[Any, ...]:

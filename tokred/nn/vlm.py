@@ -112,16 +112,17 @@ class VLM(nn.Module):
     return np.maximum(used - max(patches - kept, 0), 0) * (not ragged), np.minimum(used, kept)
 
   @nn.nowrap
-  def known_of(self, ids: tuple[int, int], slot: tuple[int, int, int]) -> Known:
-    """The counts of batches in which every row has all its images, from shapes alone.
+  def known_of(self, text: Any, images: Any, patches: int) -> Known:
+    """The counts of any batch of these rows.
 
     Args:
-      ids: (B, S).
-      slot: (B, R, N).
+      text: (rows,) int, tokens of text in each row; or a number.
+      images: (rows,) int, images of each row, of which nothing is cut away; or a number.
+      patches: N, of an image.
     """
-    text = ids[1] - slot[1] * slot[2]
-    fewest, most = (int(n.sum()) for n in self.bounds(np.full(slot[1], slot[2]), slot[2], "gather"))
-    return Known(text + most, Census(fewest, text))
+    text, images = np.asarray(text), np.asarray(images)
+    fewest, most = self.bounds(np.asarray(patches), patches, "gather")
+    return Known(int((text + images * most).max()), Census(int((images * fewest).min()), int(text.max())))
 
   @nn.nowrap
   def left(self, mode: str = "gather") -> int:

@@ -60,12 +60,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
   sharding.initialize_distributed()
   config = complete(config)
   check(config)
-  total = _num_steps(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, mesh, config.train.accumulate)
-  phase = Phase(config, mesh, total)
-  run_dir.check_config(workdir, config)
   batches, eval_batches = _data(config)
+  total = _num_steps(config)
+  phase = Phase(config, mesh, total, rows=batches.rows)
+  run_dir.check_config(workdir, config)
   for kept in (config, phase.config):  # whoever loads the model shall know what its classes are called
     with kept.unlocked():
       kept.data.labels = kept.data.labels or tuple(eval_batches.label_names)
@@ -155,7 +155,7 @@ class _Run:
       config.train.mode = "gather"
       config.loss.budget = 0.0
     self._tell(frozen)
-    self.phase = Phase(config, self.phase.mesh, self.total, frozen=True)
+    self.phase = Phase(config, self.phase.mesh, self.total, frozen=True, rows=self.phase.rows)
     self.alarms = Alarms(self.phase.module.sites)
     return transfer(state, self.phase.target)
 
@@ -216,7 +216,7 @@ def _resumed(phase: Phase, folder: Path, total: int) -> Phase:
     return phase
   with config.unlocked():
     config.sites, config.train.mode, config.loss.budget = saved.sites, saved.train.mode, saved.loss.budget
-  return Phase(config, phase.mesh, total, frozen=True)
+  return Phase(config, phase.mesh, total, frozen=True, rows=phase.rows)
 
 
 def _num_steps(config: ConfigDict) -> int:

@@ -40,13 +40,16 @@ class Phase:
     mesh: of `tokred.sharding.make_mesh`.
     total_steps: of the whole run.
     frozen: whether rates were learned before, so that regexes of `config.optim` may look for their logits in vain.
+    rows: of conversations, arguments of `VLM.known_of`; a VLM's step in gather mode needs them.
 
   Raises:
     ValueError: an error in the config; nothing is compiled here.
   """
 
-  def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh, total_steps: int, frozen: bool = False):
-    self.model, self.mesh, self.mode = build(config), mesh, config.train.mode
+  def __init__(
+    self, config: ConfigDict, mesh: jax.sharding.Mesh, total_steps: int, frozen: bool = False, rows: Any = None
+  ):
+    self.model, self.mesh, self.mode, self.rows = build(config), mesh, config.train.mode, rows
     _check_sites(config, self.module, frozen)
     self.scheduled = {spot.site for spot in self.module.sites.spots if spot.rate == "scheduled"}
     params = jax.eval_shape(lambda: init(self.module, config.seed))
@@ -71,7 +74,8 @@ class Phase:
       sharding.path_name(path): place
       for path, place in jax.tree_util.tree_leaves_with_path(sharding.shardings(taught, mesh, self.rules))
     }
-    step = make_step(config, self.module, self.teacher, self.optimizer, self.mode, never, places)
+    known = self.module.known_of(*rows) if rows and self.mode == "gather" else None
+    step = make_step(config, self.module, self.teacher, self.optimizer, self.mode, never, places, known)
     self.step = functools.partial(
       jax.jit(step, donate_argnums=0, out_shardings=out), seed=np.uint32(config.seed % 2**32)
     )

@@ -14,7 +14,7 @@ from tokred import evaluate, lora, losses, tokens
 from tokred.evaluate import counts_by_site
 from tokred.model import without_sites
 from tokred.nn.vit import ViT
-from tokred.nn.vlm import VLM
+from tokred.nn.vlm import VLM, Known
 from tokred.sharding import path_name
 from tokred.train.alarms import overlaps, selected
 from tokred.train.optim import ema_update
@@ -30,7 +30,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, ema: float)
 
 def make_step(
   config: ConfigDict, module: ViT | VLM, dense: ViT | VLM, optimizer: optax.GradientTransformation, mode: str,
-  frozen: Any, whole: Any,
+  frozen: Any, whole: Any, known: Known | None = None,
 ) -> Any:  # fmt: skip
   """The training step, to be jitted with a donated state.
 
@@ -42,6 +42,7 @@ def make_step(
     mode: "mask" or "gather".
     frozen: tree of bool as the parameters, of `tokred.train.optim.frozen`: no gradient of these is computed.
     whole: shardings by path that a teacher's parameters, which are spread over all devices, take on in the step.
+    known: of a VLM's rows, needed in gather mode.
 
   Returns:
     step(state, batch, keeps, teacher, seed) -> (state, metrics): keeps are counts of scheduled sites or None, teacher
@@ -49,7 +50,7 @@ def make_step(
     then; seed a uint32, an input so that all seeds share one program; metrics are float32 scalars, the terms of the
     loss by their names.
   """
-  weights, look = config.loss, _classify if isinstance(module, ViT) else _answer
+  weights, look = config.loss, _classify if isinstance(module, ViT) else functools.partial(_answer, known=known)
 
   def loss(own: Any, batch: dict, rng: jax.Array, keeps: Any, teacher: Any) -> tuple[jax.Array, dict]:
     own = jax.tree.map(lambda leaf, fixed: jax.lax.stop_gradient(leaf) if fixed else leaf, own, frozen)
@@ -95,12 +96,11 @@ def _classify(
 
 def _answer(
   weights: ConfigDict, module: VLM, params: Any, teacher: Callable | None, batch: dict, mode: str, keeps: Any,
-  streams: dict,
+  streams: dict, known: Known | None = None,
 ) -> tuple[Any, dict[str, jax.Array], jax.Array]:  # fmt: skip
   """The same of conversations: the loss is on what is answered, the accuracy that of its tokens."""
   inputs = {name: batch[name] for name in ("ids", "slot", "mask", "segment", "position") if name in batch}
   inputs |= dict(images=batch["image"], last=evaluate.last_asked(batch["answer"]))
-  known = module.known_of(batch["ids"].shape, batch["slot"].shape) if mode == "gather" else None
   kinds = dict(train=True, mode=mode, known=known, keeps=keeps, rngs=streams)
   output = module.apply({"params": params}, **inputs, **kinds)
   logits, answer = tokens.restore(output.logits, output.tokens.owner), batch["answer"] > 0
