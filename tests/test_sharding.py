@@ -205,6 +205,10 @@ def test_two_processes_share_a_mesh():
     sharding.initialize_distributed()  # again: nothing happens
     mesh = sharding.make_mesh({"data": -1, "fsdp": 2, "tensor": 1})
     assert mesh.devices.size == 4 and jax.process_count() == 2
+    try:
+      sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 4})
+    except ValueError as error:
+      print(error)
     mine = np.arange(4, dtype=np.float32) + 4 * jax.process_index()
     x = jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), mine)
     print("sum", float(jax.jit(lambda x: x.sum())(x)))
@@ -237,6 +241,7 @@ def test_two_processes_share_a_mesh():
       process.kill()
   for out, err in outputs:
     assert "sum 28.0" in out, err  # 0 + 1 + ... + 7
+    assert "config.mesh.tensor=4 spans processes of 2 devices; valid: 1, 2" in out, err
 
 
 def test_half_named_processes(monkeypatch):

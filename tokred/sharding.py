@@ -6,6 +6,7 @@ spec names a mesh axis, or None, for each dimension. The first rule that matches
 replicated. Reducers and backbones know nothing of this: XLA places the collectives.
 """
 
+import collections
 import math
 import os
 import re
@@ -68,7 +69,7 @@ def make_mesh(config_mesh: Mapping[str, Any], devices: Sequence[jax.Device] | No
     devices: those to use; all by default.
 
   Raises:
-    ValueError: sizes that do not use exactly the devices there are.
+    ValueError: sizes that do not use exactly the devices there are, or `tensor` across processes.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = {axis: int(config_mesh[axis]) for axis in AXES}
@@ -85,6 +86,10 @@ def make_mesh(config_mesh: Mapping[str, Any], devices: Sequence[jax.Device] | No
       if open_axes
       else f"{got} ask for {used} devices but there are {len(devices)}; valid: a product of {len(devices)}, or one -1"
     )
+  local = min(collections.Counter(device.process_index for device in devices).values())
+  if local % sizes["tensor"]:  # devices along it hold the same examples, and each process reads its own
+    valid = ", ".join(str(n) for n in range(1, local + 1) if local % n == 0)
+    raise ValueError(f"config.mesh.tensor={sizes['tensor']} spans processes of {local} devices; valid: {valid}")
   # Auto: jit propagates shardings by itself. Explicit axes, the default of newer JAX, would ask each op for one.
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
