@@ -1,6 +1,5 @@
 """Accuracy of a model on a split."""
 
-import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -9,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from tokred import sharding, vqa
 from tokred import tokens as tk
 from tokred.data import feed, to_device
 from tokred.model import Model
+from tokred.nn.budget import Census
 from tokred.nn.vit import ViT
 from tokred.nn.vlm import VLM, Known
 
@@ -95,10 +96,7 @@ def answers(module: VLM, params: Any, batches: Iterable[dict[str, np.ndarray]], 
   place = None if mesh is None else sharding.batch_sharding(mesh)
   step, sums, steps = answer_step(module, mode), None, 0
   for batch in batches:
-    valid = batch["valid"]
-    known = module.known(*(batch[name][valid] for name in ("ids", "slot", "mask"))) if mode == "gather" else None
-    if known:  # fewer lengths, fewer compilations
-      known = dataclasses.replace(known, length=-(-known.length // 8) * 8)
+    known = _known(module, batch, mesh is not None) if mode == "gather" else None
     device = next(iter(to_device([batch], place, prefetch=0)))[0]
     out = step(params, device, known)
     sums = out if sums is None else jax.tree.map(jnp.add, sums, out)
@@ -111,6 +109,22 @@ def answers(module: VLM, params: Any, batches: Iterable[dict[str, np.ndarray]], 
     "examples": int(sums["examples"]),
     "sites": {name: round(float(c) / steps, 2) for name, c in sums["sites"].items()},
   }
+
+
+def _known(module: VLM, batch: dict[str, np.ndarray], shared: bool) -> Known:
+  """Counts of the rows that are not padding; of those of all processes where a batch is `shared`.
+
+  It is static: processes that counted their own rows would compile programs that differ.
+  """
+  counts = (1, -batch["ids"].shape[1], 0)  # where all is padding
+  if batch["valid"].any():
+    known = module.known(*(batch[name][batch["valid"]] for name in ("ids", "slot", "mask")))
+    counts = (known.length, -known.census.free, known.census.text)
+  if shared and jax.process_count() > 1:
+    counts = multihost_utils.process_allgather(np.array(counts, np.int32)).max(0).tolist()
+  length, free, text = counts
+  length = -(-length // 8) * 8  # fewer lengths, fewer compilations
+  return Known(length, Census(min(-free, length), text))
 
 
 def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode: str, mesh: Any = None) -> dict:

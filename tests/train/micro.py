@@ -1,6 +1,7 @@
 """A digits run of seconds: a tiny ViT on 4x4 images, six steps of eight examples."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,30 @@ def config(sites: dict[str, Any] | None = None, **overrides: Any) -> ConfigDict:
     else:
       c[name] = value
   return complete(c)
+
+
+def vlm() -> ConfigDict:
+  """The least vision-language model whose sites, in both stacks, have counts that depend on the prompt."""
+  c, site = default(), dict(reducer="topk", score="token_norm", keep=0.25)
+  c.model.update(dict(name="vlm", variant="mu/4", image_size=(8, 8), num_classes=0, depth=1))
+  c.llm.update(dict(vocab=16, width=8, depth=2, num_heads=2, mlp_dim=8))
+  c.sites = dict(seen=dict(site, place="output"), read=dict(site, stack="llm", layers=(1,), place="before"))
+  return complete(c)
+
+
+def talks(lengths: Sequence[int]) -> dict[str, np.ndarray]:
+  """A batch with an image of four patches and so many ids of text behind it, a third of them answers; 0: padding."""
+  rng, length = np.random.default_rng(0), np.array(lengths)[:, None]
+  place, valid = np.arange(28), length > 0
+  ids = np.where(place < 4, 3, rng.integers(4, 16, (len(lengths), 28)))
+  return dict(
+    ids=np.where(valid, ids, 0).astype(np.int32),
+    mask=valid & (place < 4 + length),
+    answer=valid & (place < 4 + length) & (place >= 4 + length - length // 3),
+    slot=np.where(valid, np.arange(4), -1)[:, None].astype(np.int32),
+    image=rng.normal(size=(len(lengths), 1, 8, 8, 3)).astype(np.float32),
+    valid=valid[:, 0],
+  )
 
 
 def state(workdir: Path) -> dict[str, np.ndarray]:

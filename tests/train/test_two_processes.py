@@ -10,7 +10,8 @@ import jax
 import micro
 import pytest
 
-from tokred import checkpoint, sharding
+import tokred
+from tokred import checkpoint, evaluate, sharding
 from tokred.train.loop import train
 
 FOLDER = Path(__file__).parent
@@ -29,15 +30,25 @@ CODE = """
   summary = loop.train(micro.two_processes(), sys.argv[1])
   print("counts", summary["counts"])
 """
+ANSWERS = """
+  import jax, micro, tokred
+  from tokred import evaluate, sharding
+  sharding.initialize_distributed()
+  model, share = tokred.build(micro.vlm()).init(0), slice(2 * jax.process_index(), 2 * jax.process_index() + 2)
+  batches = [{name: a[share] for name, a in micro.talks(lengths).items()} for lengths in ((3, 9, 6, 24), (12, 3, 0, 0))]
+  mesh = sharding.make_mesh(model.config.mesh)
+  found = evaluate.run(model.module, jax.device_get(model.params), batches, "gather", mesh)
+  print("loss", found["loss"], found["examples"])
+"""
 
 
-def two(workdir, environment, leave=0):
+def two(environment, code, *arguments):
   """Exit code, stdout and stderr of both."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
   names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-  command = [sys.executable, "-c", textwrap.dedent(CODE), str(workdir), str(leave)]
+  command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
   processes = [
     subprocess.Popen(
       command,
@@ -75,14 +86,25 @@ def assert_as_one(one, workdir):
 
 
 def test_two_processes_train_stop_and_resume(one_process, cached_environment, tmp_path):
-  left = two(tmp_path, cached_environment, leave=3)
+  left = two(cached_environment, CODE, tmp_path, 3)
   assert [code for code, _, _ in left] == [143, 143], left
   assert "SIGTERM: saved step 4 of 6" in left[0][2] and "SIGTERM" not in left[1][2]
   assert checkpoint.steps(tmp_path / checkpoint.FOLDER)[-1] == 4
-  resumed = two(tmp_path, cached_environment)
+  resumed = two(cached_environment, CODE, tmp_path, 0)
   assert [code for code, _, _ in resumed] == [0, 0], resumed
   counts = [out.splitlines()[-1] for _, out, _ in resumed]  # gloo talks before it
   assert counts[0] == counts[1] and counts[0].startswith("counts [17, ")
   assert "at step 4 of 6" in resumed[0][2]
   assert_as_one(one_process, tmp_path)
   assert (tmp_path / "summary.json").is_file() and len(list(tmp_path.glob("events*"))) == 2
+
+
+def test_two_processes_answer_as_one(cached_environment):
+  """Their prompts differ in length, and of the last batch one has nothing but padding."""
+  model = tokred.build(micro.vlm()).init(0)
+  batches = [micro.talks(lengths) for lengths in ((3, 9, 6, 24), (12, 3, 0, 0), (0, 0, 0, 0))]
+  one = evaluate.run(model.module, model.params, batches, "gather")
+  for code, out, err in two(cached_environment, ANSWERS):
+    assert code == 0, err
+    _, loss, examples = out.splitlines()[-1].split()
+    assert int(examples) == one["examples"] == 6 and float(loss) == pytest.approx(one["loss"], rel=1e-5)
