@@ -18,7 +18,7 @@ from tokred.budgets import judge
 from tokred.config import complete
 from tokred.losses import answers, reported
 from tokred.model import init
-from tokred.train import step
+from tokred.train import loop, step
 from tokred.train.loop import train
 from tokred.train.phase import Phase
 
@@ -190,6 +190,20 @@ def test_accumulation_is_the_mean_over_the_batch(talks):
   one, *others = (step._accumulate(loss, params, batch, jax.random.key(0), None, None, n) for n in (1, 2, 4))
   for other in others:
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), one, other)
+
+
+@pytest.mark.parametrize("fields, rows", [(dict(text__images=2), 4), (dict(text__max_length=30, text__pack=False), 1)])
+def test_epochs_count_rows(talks, tmp_path, monkeypatch, fields, rows):
+  """Two of the eight conversations share a row, the one without an image goes with the seventh; or it alone fits."""
+
+  def phase(config, mesh, total, **_):
+    raise InterruptedError(total)
+
+  monkeypatch.setattr(loop, "Phase", phase)
+  fields = fields | dict(text__too_long="skip", train__steps=0, train__epochs=3.0, train__batch_size=1)
+  fields["data__eval_split"] = "test"
+  with pytest.raises(InterruptedError, match=f"^{3 * rows}$"):
+    train(recipe(talks, **fields), tmp_path)
 
 
 @pytest.fixture(scope="module")

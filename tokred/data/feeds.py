@@ -4,7 +4,7 @@ import functools
 
 from ml_collections import ConfigDict
 
-from tokred.data import conversations, pipeline, sources, talks
+from tokred.data import conversations, pipeline
 from tokred.data.tokenizers import Tokenizer
 
 
@@ -73,10 +73,3 @@ def _tokenizer(
 ) -> Tokenizer:
   data = ConfigDict(dict(name=name, data_dir=data_dir, train_split=split))
   return conversations.open_tokenizer(data, path, prompt=prompt, system=system, image_token=image_token)
-
-
-def num_train(config: ConfigDict) -> int:
-  """Examples of the training split; conversations, where these are what the model learns from."""
-  if config.model.name == "vlm":
-    return len(talks.open_talks(config.data, config.data.train_split, "train_split"))
-  return sources.describe(config.data).num_train

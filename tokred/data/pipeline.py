@@ -132,6 +132,11 @@ class TrainBatches:
     return batch
 
   @property
+  def num_examples(self) -> int:
+    """Of an epoch, as batches count them: images, or rows, which may hold several conversations."""
+    return self._batch_at.identity()["num_examples"]
+
+  @property
   def rows(self) -> tuple[np.ndarray, np.ndarray, int] | None:
     """Of conversations: `Layout.sizes`; of images None."""
     return self._batch_at.layout.sizes() if hasattr(self._batch_at, "layout") else None

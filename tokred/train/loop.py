@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, mesh, config.train.accumulate)
   batches, eval_batches = _data(config)
-  total = _num_steps(config)
+  total = _num_steps(config, batches.num_examples)
   phase = Phase(config, mesh, total, rows=batches.rows)
   run_dir.check_config(workdir, config)
   for kept in (config, phase.config):  # whoever loads the model shall know what its classes are called
@@ -219,12 +219,12 @@ def _resumed(phase: Phase, folder: Path, total: int) -> Phase:
   return Phase(config, phase.mesh, total, frozen=True, rows=phase.rows)
 
 
-def _num_steps(config: ConfigDict) -> int:
-  """`train.steps`, or `train.epochs` over the training split."""
+def _num_steps(config: ConfigDict, num_examples: int) -> int:
+  """`train.steps`, or `train.epochs` over so many examples."""
   c = config.train
   if c.steps:
     return c.steps
-  steps = int(c.epochs * tokred_data.num_train(config) / c.batch_size)
+  steps = int(c.epochs * num_examples / c.batch_size)
   if steps < 1:
     raise ValueError(f"config.train.epochs={c.epochs} is less than one step of batch_size={c.batch_size}")
   return steps
