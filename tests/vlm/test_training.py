@@ -287,6 +287,19 @@ def test_a_temperature_falls_in_the_language_model():
   assert not np.allclose(slope(moving, moving.keeps(10)), wanted)
 
 
+def test_counts_of_the_tower_fall_beside_sites_of_the_language_model():
+  """Half of 16 patches are 8; llm blocks beyond the tower's depth are no error."""
+  config, site = vlm_easy.get_config(), dict(reducer="topk", score="token_norm", keep=0.5)
+  falls = dict(site, layers=(1,), rate="scheduled", schedule=(0, 10), position="reindex")
+  with config.unlocked():
+    config.model.update(dict(variant="mu/4", image_size=(16, 16), depth=2))
+    config.llm.update(dict(vocab=64, width=32, depth=3, num_heads=2, mlp_dim=64))
+    config.sites = dict(seen=falls, read=dict(site, stack="llm", layers=(2,), place="before"))
+    config.train.mode = "mask"
+  phase = Phase(complete(config), sharding.make_mesh(config.mesh), 1000)
+  assert [phase.keeps(step)["seen"].tolist() for step in (0, 10)] == [[16], [8]]
+
+
 LLAVA = Path(__file__).resolve().parents[3] / "shared" / "golden" / "vlm" / "hf" / "llava_clip_llama"
 
 

@@ -13,6 +13,7 @@ from tokred import loading, lora, losses, schedules, sharding
 from tokred.config import nearest
 from tokred.model import build, init, without_sites
 from tokred.nn import projectors
+from tokred.nn.stacks import split
 from tokred.nn.vit import ViT
 from tokred.nn.vlm import VLM
 from tokred.rates import LEARNED
@@ -113,7 +114,8 @@ class Phase:
     """What moves at a step, an input of the compiled step: counts of scheduled sites, options that are annealed."""
     now = {}
     if self.scheduled:
-      now = schedules.scheduled(self.config.sites.to_dict(), self.module.sites.stack, step)
+      seen, *_ = split(self.config.sites.to_dict())  # a language model's counts do not move
+      now = schedules.scheduled(seen, self.module.sites.stack, step)
       now = {name: np.asarray(values, np.int32) for name, values in now.items()}
     options = schedules.annealed(self.module.spots, step)
     return now | {name: np.float32(value) for name, value in options.items()} or None
