@@ -323,6 +323,25 @@ def test_layer_decay_by_path():
   assert layer_factors(list(factors), 0.0) == layer_factors(list(factors), 1.0) == [1.0] * len(factors)
 
 
+def test_layer_decay_counts_a_tower_below_the_language_model():
+  """Two blocks of text, one that sees, decay 0.5: embeddings and projector 0.5^3, what leaves the tower 0.5^4."""
+  factors = {
+    "llm/norm/scale": 1.0,
+    "llm/block_1/mlp/fc1/kernel": 0.5,
+    "llm/block_0/attn/qkv/kernel": 0.25,
+    "llm/block_0/reduce/s/w": 1.0,
+    "lora/llm/block_0/attn/qkv/kernel/a": 0.25,
+    "llm/embed/embedding": 0.125,
+    "projector/fc1/kernel": 0.125,
+    "image_newline": 0.125,
+    "tower/norm/scale": 0.0625,
+    "tower/block_0/mlp/fc1/kernel": 0.03125,
+    "tower/pre_norm/scale": 0.015625,
+    "tower/patch_embed/kernel": 0.015625,
+  }
+  assert layer_factors(list(factors), 0.5) == list(factors.values())
+
+
 def test_layer_decay_scales_the_update_beside_multipliers():
   # lr 0.1, gradient 1: block_0 0.1 * 0.5^2 * 10, block_1 0.1 * 0.5, head 0.1
   zeros = jax.tree.map(jnp.zeros_like, tree())

@@ -26,8 +26,9 @@ from tokred.sharding import path_name
 
 SCHEDULES = ("constant", "cosine", "linear")
 # lbfgs wants the loss function, noisy_sgd a random key, rprop, sm3 and optimistic_adam a learning rate without schedule
-# Parameters below the first block, of the ViT's module names; "lora/" may stand before them.
-_BELOW = re.compile(r"(.*/)?(patch_embed|pos_embed|cls_token|dist_token|registers|mask_token|pre_norm)(/.*)?")
+# Parameters below the first block, by the names of modules; "lora/" may stand before them.
+_BELOW = re.compile(r"(.*/)?(patch_embed|pos_embed|cls_token|dist_token|registers|mask_token|pre_norm|embed)(/.*)?")
+_STACK = re.compile(r"(?:lora/)?(tower|llm)/.*")
 _IN_BLOCK = re.compile(r"(?:.*/)?block_(\d+)/.*")
 _UNFIT = ("lbfgs", "noisy_sgd", "rprop", "sm3", "optimistic_adam")
 
@@ -166,6 +167,8 @@ def layer_factors(names: Sequence[str], decay: float) -> list[float]:
   With L blocks: embeddings decay^(L + 1), block i (from 0) decay^(L - i), what comes after the blocks 1.  (Clark et
   al., 2020, ELECTRA, arXiv:2003.10555; as Bao et al., 2021, BEiT, arXiv:2106.08254, count)  Parameters of reducers,
   under `reduce/`, are new wherever they stand and are not decayed; adapters count with the block of their kernel.
+  A VLM is one stack: below the L blocks of the language model its embeddings and the projector have decay^(L + 1), what
+  comes after the tower's blocks decay^(L + 2), and so on down.
 
   Args:
     names: paths of the parameters.
@@ -181,14 +184,20 @@ def layer_factors(names: Sequence[str], decay: float) -> list[float]:
   blocks = [_IN_BLOCK.fullmatch(name) for name in names]
   if not any(blocks):
     raise ValueError(f"config.optim.layer_decay={decay} needs parameters named block_0/...; set it to 0.0")
-  depth = 1 + max(int(block[1]) for block in blocks if block)
+  stacks = [match[1] if (match := _STACK.fullmatch(name)) else "" for name in names]
+  depth = {stack: 0 for stack in ("tower", "llm", "")}
+  for block, stack in zip(blocks, stacks, strict=True):
+    depth[stack] = max(depth[stack], 1 + int(block[1]) if block else 0)
+  bottom = depth["llm"] + 1 if "llm" in stacks else 0
+  above = {"llm": 0, "": bottom, "tower": bottom + 1}
 
-  def distance(name: str, block: re.Match[str] | None) -> int:
+  def distance(name: str, block: re.Match[str] | None, stack: str) -> int:
     if "reduce" in name.split("/"):
       return 0
-    return depth - int(block[1]) if block else (depth + 1 if _BELOW.fullmatch(name) else 0)
+    own = depth[stack] - int(block[1]) if block else depth[stack] + 1 if _BELOW.fullmatch(name) else 0
+    return above[stack] + own
 
-  return [decay ** distance(name, block) for name, block in zip(names, blocks, strict=True)]
+  return [decay ** distance(*each) for each in zip(names, blocks, stacks, strict=True)]
 
 
 def ema_update(ema: Any, params: Any, decay: float, step: jax.Array | int | None = None) -> Any:
