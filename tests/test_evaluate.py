@@ -85,6 +85,36 @@ def test_eight_devices_equal_one(model):
   assert one["loss"] == pytest.approx(eight["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["gather", "mask"])
+def test_counts_are_of_the_images_alone(model, mode):
+  """Padding images are flat: none of their tokens stands out, so that they keep others than the images do."""
+  sites = dict(
+    cut=dict(reducer="topk", layers=(1,), place="before", score="token_norm", rate="threshold", threshold=4.5, keep=1.0)
+  )
+  ragged = model.with_sites(sites)
+  mesh = sharding.make_mesh(ConfigDict(dict(data=4, fsdp=2, tensor=1, rules=())))
+  one, many, eight = (
+    run(ragged.module, ragged.params, batches(size), mode, m) for size, m in ((37, None), (16, None), (24, mesh))
+  )
+  alive = np.asarray(ragged.inspect(next(iter(batches(37)))["image"]).tokens.alive.sum(1))
+  assert one["sites"] == {"cut/1": round(float(alive.mean()), 2)} and 2 < alive.mean() < 16
+  assert one["sites"] == many["sites"] == eight["sites"] and one["counts"] == many["counts"] == eight["counts"]
+
+
+def test_counts_of_images_that_share_a_row():
+  """Two images and two of padding: where room is for all, each one's count is of those that want to go in."""
+  sites = dict(go=dict(reducer="spa", layers=(0,), keep=1.0, group=4))
+  model = tokred.build(CONFIG | dict(sites=sites)).init()
+  gate = model.params["block_0"]["reduce"]["go"]["spa"]["gate"]
+  gate["kernel"] = jax.random.normal(jax.random.key(1), gate["kernel"].shape)
+  image = next(iter(batches(37)))["image"][:4] * np.array([1, 1, 0, 0], np.float32)[:, None, None, None]
+  batch = dict(image=image, label=np.zeros(4, np.int32), mask=np.array([True, True, False, False]))
+  wants = np.asarray(model.inspect(image).aux["reduce/go/score"][0][:, 1:] > 0).sum(1) + 1  # and CLS
+  assert wants[:2].mean() != wants.mean()
+  for mode in ("gather", "mask"):
+    assert run(model.module, model.params, [batch], mode)["sites"] == {"go/0": wants[:2].mean()}
+
+
 def test_arguments_replace_the_configs(model):
   assert evaluate(model, "test[:20]", batch_size=16)["examples"] == 20
 

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from tokred import sharding, vqa
 from tokred import tokens as tk
 from tokred.data import feed, to_device
+from tokred.layout import walk
 from tokred.model import Model
 from tokred.nn.budget import Census
 from tokred.nn.vit import ViT
@@ -32,14 +33,14 @@ def eval_step(module: ViT, mode: str) -> Any:
     rank = rank + ties.sum(1)  # argmax takes the first of equals
     rank = jnp.where(jnp.isnan(output.logits).any(1), output.logits.shape[1], rank)  # is no answer
     loss = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["label"])
-    counts = jnp.stack([jnp.asarray(c, jnp.float32) for c in output.counts])
+    counts = output.counts if mode == "gather" else leaving(module, output.aux)
     return {
       "examples": mask.sum(),
       "right": ((rank < 1) * mask).sum(),
       "right_5": ((rank < 5) * mask).sum(),
       "loss": jnp.where(batch["mask"], loss, 0).sum(),
-      "counts": counts,
-      "sites": counts_by_site(module, output.aux),
+      "counts": jnp.stack([(count * mask).sum() for count in counts]),
+      "sites": counts_by_site(module, output.aux, mask),
     }
 
   return jax.jit(step)
@@ -57,12 +58,14 @@ def answer_step(module: VLM, mode: str) -> Any:
     target, counted = batch["ids"][:, 1:], batch["answer"][:, 1:] & batch["valid"][:, None]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
     right = ((logits.argmax(-1) == target) | ~counted).all(1) & batch["valid"]
+    seen = ((batch["slot"] >= 0).any(2) & batch["valid"][:, None]).reshape(-1).astype(jnp.float32)  # (B R,)
     return {
       "examples": batch["valid"].sum(dtype=jnp.float32),
       "right": right.sum(dtype=jnp.float32),
       "loss": jnp.where(counted, loss, 0.0).sum(),
       "answers": counted.sum(dtype=jnp.float32),
-      "sites": counts_by_site(module, output.aux),
+      "images": seen.sum(),
+      "sites": counts_by_site(module, output.aux, seen),
     }
 
   return jax.jit(step, static_argnums=2)
@@ -94,20 +97,19 @@ def answers(module: VLM, params: Any, batches: Iterable[dict[str, np.ndarray]], 
     ValueError: there are no examples.
   """
   place = None if mesh is None else sharding.batch_sharding(mesh)
-  step, sums, steps = answer_step(module, mode), None, 0
+  step, sums = answer_step(module, mode), None
   for batch in batches:
     known = _known(module, batch, mesh is not None) if mode == "gather" else None
     device = next(iter(to_device([batch], place, prefetch=0)))[0]
     out = step(params, device, known)
     sums = out if sums is None else jax.tree.map(jnp.add, sums, out)
-    steps += 1
-  if not steps or not float(sums["examples"]):
+  if sums is None or not float(sums["examples"]):
     raise ValueError("the split has no examples to evaluate")
   return {
     "accuracy": float(sums["right"]) / float(sums["examples"]),
     "loss": float(sums["loss"]) / float(sums["answers"]),
     "examples": int(sums["examples"]),
-    "sites": {name: round(float(c) / steps, 2) for name, c in sums["sites"].items()},
+    "sites": {name: round(float(c) / max(float(sums["images"]), 1.0), 2) for name, c in sums["sites"].items()},
   }
 
 
@@ -139,7 +141,7 @@ def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode
 
   Returns:
     accuracy (0 to 1), accuracy_top5, loss (mean cross-entropy), examples, counts (tokens leaving each block) and sites
-    (tokens that each site lets through, by "<site>/<layer>"), both means over batches.
+    (tokens that each site lets through, by "<site>/<layer>"), both means over images; padding counts for nothing.
 
   Raises:
     ValueError: there are no examples.
@@ -147,12 +149,11 @@ def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode
   if isinstance(module, VLM):
     return answers(module, params, batches, mode, mesh)
   place = None if mesh is None else sharding.batch_sharding(mesh)
-  step, sums, steps = eval_step(module, mode), None, 0
+  step, sums = eval_step(module, mode), None
   for batch, _ in to_device(batches, place, prefetch=1):
     out = step(params, batch)
     sums = out if sums is None else jax.tree.map(jnp.add, sums, out)
-    steps += 1
-  if not steps or not float(sums["examples"]):
+  if sums is None or not float(sums["examples"]):
     raise ValueError("the split has no examples to evaluate")
   examples = float(sums["examples"])
   return {
@@ -160,24 +161,32 @@ def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode
     "accuracy_top5": float(sums["right_5"]) / examples,
     "loss": float(sums["loss"]) / examples,
     "examples": int(examples),
-    "counts": [round(float(c) / steps, 2) for c in sums["counts"]],
-    "sites": {name: round(float(c) / steps, 2) for name, c in sums["sites"].items()},
+    "counts": [round(float(c) / examples, 2) for c in sums["counts"]],
+    "sites": {name: round(float(c) / examples, 2) for name, c in sums["sites"].items()},
   }
 
 
-def counts_by_site(module: ViT, aux: dict[str, Any]) -> dict[str, jax.Array]:
+def counts_by_site(module: ViT, aux: dict[str, Any], real: jax.Array | None = None) -> dict[str, jax.Array]:
   """Tokens that each spot lets through, by "<site>/<layer>" (and reducer, where the site has several), float32.
 
-  A learned rate may ask for more than arrive; what is reported is what comes out.
+  Args:
+    module: that reported.
+    aux: what it reported.
+    real: (B,) float32, 1 where an image is no padding: sums over these; None: means over all.
   """
-  out, left = {}, jnp.asarray(module.sites.stack.num_tokens, jnp.float32)
+  out = {}
   for spot in module.sites.spots:
     name = f"{spot.site}/{spot.layer}" + ("" if spot.child == spot.site else f"/{spot.reducer}")
-    count = jnp.asarray(aux[f"reduce/{spot.site}/count"][spot.index], jnp.float32)
-    count = count if spot.type.recovers else jnp.minimum(left, count)
-    left = left if module.sites.scoped(spot) else count
-    out[name] = count
+    alive = aux[f"reduce/{spot.site}/alive"][spot.index].astype(jnp.float32)
+    out[name] = alive.mean() if real is None else (alive * real).sum()
   return out
+
+
+def leaving(module: ViT, aux: dict[str, Any]) -> tuple[Any, ...]:
+  """Tokens of each image that leave each block, as its reducers reported: (B,), or a number where none came before."""
+  stack = module.sites.stack
+  alive = lambda spots, n: aux[f"reduce/{spots[-1].site}/alive"][spots[-1].index]  # noqa: E731
+  return walk(stack.depth, module.sites.at, stack.num_tokens, alive).leaving
 
 
 def evaluate(

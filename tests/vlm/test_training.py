@@ -16,6 +16,7 @@ import tokred
 from tokred import data, losses, sharding
 from tokred.budgets import judge
 from tokred.config import complete
+from tokred.evaluate import evaluate
 from tokred.losses import answers, reported
 from tokred.model import init
 from tokred.train import loop, step
@@ -103,6 +104,15 @@ def test_two_stages(talks, stage_1, tmp_path):
   ids[:, 1:17] = 3
   assert model(ids, np.zeros((1, 1, 16, 16, 3), np.float32)).shape == (1, 20, 512)
   assert model.write(ids, np.zeros((1, 1, 16, 16, 3), np.float32), max_new_tokens=3).tokens.shape == (1, 3)
+
+
+def test_counts_are_of_the_images_that_there_are(talks):
+  """Seven images in eight conversations, whatever the padding of the batches."""
+  config = recipe(talks)
+  site = dict(reducer="topk", layers=(1,), place="before", score="token_norm", rate="threshold", threshold=4.0, keep=16)
+  model = tokred.build(config.to_dict() | {"sites": {"cut": site}}).init(0)
+  whole, padded = ([evaluate(model, "test", size, mode)["sites"] for mode in ("gather", "mask")] for size in (8, 5))
+  assert whole == padded == [{"cut/1": 16.0}] * 2  # an image keeps all its patches, a black one hardly any
 
 
 @pytest.mark.thorough  # projectors alone: tests/vlm/test_projectors.py

@@ -77,13 +77,26 @@ class Reduce(nn.Module):
   def __call__(
     self, tokens: Tokens, place: str, keeps: Mapping[str, Array] | None, *, train: bool, mode: str
   ) -> tuple[Tokens, dict[str, dict[int, Array]]]:
-    """Runs the spots of a place; what they report is under "reduce/<site>/<name>", by the spot's index."""
+    """Runs the spots of a place; what they report is under "reduce/<site>/<name>", by the spot's index.
+
+    Beside it stands "alive", (B,) int32: tokens of each image that a spot lets through.
+    """
     reports = {}
     for spot in self.spots:
       if spot.place == place:
         tokens, report = Step(spot, name=spot.child)(tokens, keeps, train=train, mode=mode)
+        report |= {"alive": _alive(tokens, spot)}
         for name, value in report.items():
           if name == "plan" and place != "ahead":
             continue
           reports.setdefault(f"reduce/{spot.site}/{name}", {})[spot.index] = value
     return tokens, reports
+
+
+def _alive(tokens: Tokens, spot: Spot) -> Array:
+  """(B,) int32: tokens of each image, also where images share a row."""
+  segment = tokens.feats.get("state/segment") if spot.type.packs else None
+  if segment is None:
+    return tokens.alive.sum(1, dtype=jnp.int32)
+  image = jnp.arange(tokens.images)[:, None]
+  return (segment[:, None] == image).sum(-1, dtype=jnp.int32).reshape(-1)
