@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import tokred.reducers  # noqa: F401 (registers)
@@ -68,6 +69,10 @@ def counts(**named):
     (dict(DYT, anneal=(("warmth", 4.0, 1.0, 0, 9),)), r"'warmth' is no option of \('dyt',\) that can move .*valid: t"),
     (dict(DYT, anneal=(("dropout", 0.3, 0.1, 0, 9),)), r"'dropout' is no option of .*; valid: temperature"),
     (dict(TOPK, anneal=(("temperature", 4.0, 1.0, 0, 9),)), r"'temperature' is no option of \('topk',\) .*valid: none"),
+    (
+      dict(DYT, temperature=4.0, anneal=(("temperature", 4.0, 1.0, 0, 9),)),
+      r"sites.s.temperature=4.0, but sites.s.anneal ends at 1.0, which is what ships; valid: 1.0, or without",
+    ),
     (dict(reducer="router", layers=(1,), rate="learned"), r"'learned' is not available at place='around'; valid: b"),
     (
       dict(TOPK, initial=9),
@@ -273,6 +278,18 @@ def test_what_can_move_while_training_may_be_traced(name):
     return step.init_with_output(rngs, tokens, keeps(value), train=True, mode="mask")[0][0].x
 
   assert jax.eval_shape(run, case.tokens, jnp.float32(2.0)).shape == case.tokens.x.shape
+
+
+def test_what_moves_while_training_ships_where_it_ends():
+  config = complete({"model": dict(variant="mu/4", depth=2, image_size=(16, 16))}).model
+  site = dict(reducer="transforming", layers=(0,), keep=5, score="column_mean")
+  fell = vit.make(config, {"s": site | dict(anneal=(("temperature", 1, 0.5, 0, 4),))})
+  images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+  params = jax.jit(fell.init)(jax.random.key(0), images)
+  run = lambda keeps: np.asarray(jax.jit(fell.apply)(params, images, keeps=keeps).features)  # noqa: E731
+  shipped, trained, before = (run(k) for k in (None, schedules.annealed(fell.spots, 4), {"s.temperature": 1.0}))
+  np.testing.assert_allclose(shipped, trained, rtol=1e-5)
+  assert np.abs(shipped - before).max() > 1e-3
 
 
 def test_share_and_candidates():

@@ -20,7 +20,7 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
                then the capacity; of a learned_threshold where it starts
   softness     learned_threshold: temperature of the sigmoid that lets it learn
   anneal       ((option, from, to, first step, last step), ...): an option of the reducer, such as a temperature, that
-               goes geometrically from one value to the other while training
+               goes geometrically from one value to the other while training; the last one is its value ever after
   position     llm: original (those that stay keep their positions) or reindex (they are counted anew from 0)
   of           llm: what a share is one of: arriving (visual tokens), or input (those that the language model got); a
                reducer whose shares are of the input elsewhere (gumbel) has them of the input here
@@ -213,8 +213,11 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(f"{field}.of={whole!r} is not what a share is of; {valid}")
   if from_input and whole != "input":
     raise ValueError(f"{field}.of={whole!r}: keep rates of {names} are shares of the input; leave it out, or 'input'")
-  options = _options(field, site, names, classes)
+  anneal = _anneal(field, site, names, classes)
+  ends = {option: float(end) for option, _, end, *_ in anneal}  # what training ends with is what ships
+  options = _options(field, site | ends, names, classes)
   common = dict(position=position, of=whole, site=name, place=place, rate=rate, granularity=site.get("granularity", 1))
+  common["anneal"] = anneal
   thresholds = site.get("threshold", 0.0)
   thresholds = tuple(thresholds) if isinstance(thresholds, (tuple, list)) else (thresholds,) * len(names)
   thresholds = thresholds * len(layers) if len(thresholds) == len(names) else thresholds
@@ -226,7 +229,6 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(f"{field}.softness={common['softness']!r} must be a float above 0")
   if not (isinstance(common["granularity"], int) and common["granularity"] >= 1):
     raise ValueError(f"{field}.granularity={common['granularity']!r} must be an int of at least 1")
-  common["anneal"] = _anneal(field, site, names, classes)
   drafts = []
   for where, layer in enumerate(layers):
     for slot, (reducer, cls) in enumerate(zip(names, classes, strict=True)):
@@ -309,6 +311,11 @@ def _anneal(field: str, site: dict, names: tuple[str, ...], classes: list[type])
       raise ValueError(
         f"{field}.anneal: {entry[0]!r} is no option of {names} that can move while training; "
         f"valid: {', '.join(sorted(options)) if options and len(names) == 1 else 'none'}"
+      )
+    if site.get(entry[0], entry[2]) != entry[2]:
+      raise ValueError(
+        f"{field}.{entry[0]}={site[entry[0]]!r}, but {field}.anneal ends at {entry[2]}, which is what ships; valid: "
+        f"{entry[2]}, or without the field"
       )
   return tuple(map(tuple, given))
 
