@@ -91,6 +91,24 @@ def test_compare_measures_both_at_every_batch_size():
     assert r.pays == (r.speedup_low > 1)
 
 
+def test_learned_rates_are_measured_as_they_ship(monkeypatch):
+  """Frozen, and gathered: 10 of 17 tokens leave the block, in mask mode 17 would."""
+  fields = dict(variant="mu/2", width=16, depth=2, num_heads=2, mlp_dim=32, image_size=(8, 8), num_classes=10)
+  sites = dict(rates=dict(reducer="topk", layers=(0,), rate="learned"))
+  learned = tokred.build(dict(model=fields, sites=sites)).init(0)
+  timing, seen = Timing(1.0, 1.0, 1.0, (1.0,)), []
+
+  def once(functions, **unused):
+    seen.extend(function() for function in functions.values())
+    return dict.fromkeys(functions, timing)
+
+  monkeypatch.setattr(bench, "interleave", once)
+  (r,) = compare(learned, learned.with_sites({}), (1,))
+  frozen = tokred.freeze(learned)
+  assert [out.tokens.x.shape[1] for out in seen] == [frozen.counts[-1], 17] == [10, 17]
+  assert r.gflops == frozen.flops / 1e9
+
+
 def test_the_ratio_is_of_times_of_the_same_round(monkeypatch):
   # ratios per round 3, 2, 3, 2, 1: median 2, quartiles 2 and 3; the ratio of the medians would be 5 / 3
   times = {

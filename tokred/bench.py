@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from tokred.model import Model, freeze
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -102,7 +104,7 @@ def compare(
 
   Args:
     model: what `tokred.load` returns: called with images (batch, height, width, channels) float32, with attributes
-      `config` (image size, channels, dtype) and `flops` (per image).
+      `config` (image size, channels, dtype) and `flops` (per image); learned rates are frozen first.
     baseline: likewise; where its config has another image size it gets images of that size.
     batch_sizes: images per call.
     rounds: see `interleave`.
@@ -120,6 +122,8 @@ def compare(
   for batch_size in batch_sizes:
     if batch_size < 1:
       raise ValueError(f"batch_sizes={tuple(batch_sizes)!r}: {batch_size} images cannot be measured; valid: 1 or more")
+  # What FLOPs promise is what ships: a learned rate would be timed at full length, with masks.
+  model, baseline = (freeze(each) if isinstance(each, Model) else each for each in (model, baseline))
   rows = []
   for batch_size in batch_sizes:
     calls = {"model": _call(model, batch_size, seed), "baseline": _call(baseline, batch_size, seed)}
