@@ -225,12 +225,12 @@ def _draw(module: Any, keys: Array) -> Any:
 
 
 def freeze(model: Model) -> Model:
-  """Learned rates become integers; everything else stays.
+  """Learned rates become integers, and what only training uses leaves; everything else stays.
 
   Counts fall monotonically (a later rate cannot bring tokens back), are rounded to a multiple of
   `config.rates.multiple_of`, and stand in the config as a fixed `keep`.  Sites behind a learned one get their counts
   as integers too, for a share of what arrives is now a share of less.  Logits of rates leave the parameters.
-  A model without learned rates comes back as it is.
+  A model with neither comes back as it is.
 
   Raises:
     ValueError: the model has no parameters.

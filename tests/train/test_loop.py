@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from tokred import checkpoint, loading, run_dir, sharding
 from tokred.config import complete
-from tokred.model import build
+from tokred.model import build, freeze
 from tokred.train import loop
 from tokred.train import step as step_lib
 from tokred.train.loop import NonFiniteLoss, Stopped, train
@@ -117,6 +117,22 @@ def test_learned_rates_are_frozen_and_go_on_in_gather_mode(run):
   more = dict(frozen.sites.rates.to_dict(), keep=((prune + 1,), (merge + 1,)))
   share = lambda sites: build(frozen.to_dict() | {"sites": sites}).macs / build(micro.config()).macs  # noqa: E731
   assert share(frozen.sites.to_dict()) <= 0.85 < share(dict(rates=more))  # a token more is more than was asked for
+
+
+def test_heads_of_training_outlive_the_freezing_of_rates(run, tmp_path):
+  """Its loss goes on behind `freeze_step`; what is evaluated at the end has no head."""
+  sites = dict(
+    cut=dict(reducer="topk", layers=(0,), rate="learned"),
+    slim=dict(reducer="sit", layers=(0,), place="after", keep=0.5),
+    back=dict(reducer="sit_reverse", layers=(1,)),
+  )
+  terms = dict(recalibration=1.0, budget=1.0, target=0.8)
+  c = micro.config(sites, loss=terms, rates=dict(freeze_step=3), init=str(run("dense")[0]))
+  summary = train(c, tmp_path)
+  assert [line["step"] for line in micro.metrics(tmp_path, "train/recalibration")] == [1, 2, 3, 4, 5, 6]
+  assert summary["sites"].keys() == {"cut/0", "slim/0"}
+  model = loading.load(tmp_path)
+  assert "back" in model.config.sites and "back" not in freeze(model).config.sites
 
 
 def test_the_less_reduced_pass_draws_how_many_go():

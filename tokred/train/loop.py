@@ -150,8 +150,10 @@ class _Run:
     if self.phase.mode == "gather" or not 0 < self.phase.config.rates.freeze_step <= step:
       return state
     frozen = self._at_target(freeze(Model(self.phase.config, self.phase.module, state["params"])))
-    config = complete(frozen.config)
+    config, sites = complete(frozen.config), self.phase.config.sites
     with config.unlocked():
+      for name in {spot.site for spot in self.phase.module.spots if spot.type.training_only}:
+        config.sites[name] = sites[name]  # its loss goes on; what ships is frozen once more
       config.train.mode = "gather"
       config.loss.budget = 0.0
     self._tell(frozen)
