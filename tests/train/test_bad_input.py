@@ -64,6 +64,10 @@ MISTAKES = {
   "no number": ({"loss": {"target": float("nan")}}, ["config.loss.target=nan"]),
   "mode": ({"train": {"mode": "gathr"}}, ["config.train.mode='gathr'", "mask, gather"]),
   "gather": (learned(train={"mode": "gather"}), ["config.train.mode='gather'", r"\['rates'\] is learned"]),
+  "gathered threshold": (
+    site(rate="learned_threshold") | {"train": {"mode": "gather"}},
+    ["config.train.mode='gather'", r"\['prune'\] is learned; valid: mask"],
+  ),
   "moving": (
     site(rate="scheduled", schedule=(0, 4)) | {"train": {"mode": "gather"}},
     ["static counts", r"\['prune'\]"],

@@ -147,10 +147,12 @@ def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
   """Raises ValueError where `config.train`, `rates` or `loss` ask for what the sites cannot do; `frozen`: see Phase."""
   spots = module.spots
   by_rate = lambda rate: sorted({spot.site for spot in spots if spot.rate == rate})  # noqa: E731
-  learned, scheduled = by_rate("learned"), by_rate("scheduled")
-  costed = sorted({*learned, *by_rate("learned_threshold")})
-  if config.train.mode == "gather" and learned:
-    raise ValueError(f"config.train.mode='gather' needs integer counts, but the rate of sites {learned} is learned")
+  scheduled, costed = by_rate("scheduled"), sorted({*by_rate("learned"), *by_rate("learned_threshold")})
+  if config.train.mode == "gather" and costed:
+    raise ValueError(
+      f"config.train.mode='gather' takes away the tokens that a rate learns from, but the rate of sites {costed} is "
+      "learned; valid: mask (config.rates.freeze_step goes on in gather mode)"
+    )
   if config.train.mode == "gather" and scheduled:
     raise ValueError(f"config.train.mode='gather' has static counts, but those of sites {scheduled} move")
   if config.rates.freeze_step and scheduled:
