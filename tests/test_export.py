@@ -19,6 +19,7 @@ import pytest
 import tokred
 from tokred import export, files
 from tokred.export import ExportError
+from tokred.export.folder import replacing
 
 MODEL = dict(
   variant="mu/2", width=16, depth=2, num_heads=2, mlp_dim=32, image_size=(8, 8), channels=1, num_classes=4
@@ -218,6 +219,23 @@ def test_a_rename_that_fails_leaves_the_old_export(plain, monkeypatch, fails):
     export.save(make({}), plain, ("orbax",))
   assert len(calls) >= fails and os.listdir(plain.parent) == ["exported"]
   assert export.load(plain).counts == make(SITES["tome_fuse"]).counts
+
+
+def test_an_interrupt_between_the_renames_leaves_the_old_export(tmp_path, monkeypatch):
+  replace, calls = os.replace, []
+
+  def interrupt(source, target):
+    calls.append(source)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    replace(source, target)
+
+  (tmp_path / "exported").mkdir()
+  (tmp_path / "exported" / "old").write_text("")
+  monkeypatch.setattr(os, "replace", interrupt)
+  with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "exported") as folder:
+    (folder / "new").write_text("")
+  assert os.listdir(tmp_path) == ["exported"] and os.listdir(tmp_path / "exported") == ["old"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -51,13 +51,13 @@ def replacing(directory: Path) -> Iterator[Path]:
       os.replace(directory, replaced)
     os.replace(temporary, directory)
   except Exception as error:  # a full disk is an OSError of ours, and of other types within orbax
-    if replaced.exists() and not directory.exists():
-      os.replace(replaced, directory)
     files.remove_unfinished(temporary)
     if isinstance(error, ExportError):
       raise ExportError(str(error).replace(str(temporary), str(directory))) from error
     raise ExportError(f"{directory} cannot be written: {files.reason(error)}") from error
   finally:
+    if replaced.exists() and not directory.exists():  # Ctrl-C is no Exception
+      os.replace(replaced, directory)
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
 
