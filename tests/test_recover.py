@@ -249,14 +249,14 @@ def test_fit():
 def test_features():
   """Sources 0 to 3, CLS first; token 1 stands at 1 and represents 2 too; 3 has gone in block 1, with x = (3, 5).
 
-  The final norm takes (3, 5) to (-1, 1).
+  The final norm, whose epsilon is 3, takes (3, 5) to (-1, 1) / sqrt(1 + 3).
   """
   out = make([[[7.0, 7.0], [1.0, 2.0]]], prefix=1).replace(owner=jnp.asarray([[0, 1, 1, -1]], jnp.int32))
   aux = {"owner/0": jnp.asarray([[0, 1, 1, 2]]), "tokens/0": jnp.asarray([[[0.0, 0.0], [0.0, 0.0], [3.0, 5.0]]])}
   aux |= {"owner/1": out.owner, "tokens/1": out.x}
   norm = dict(scale=jnp.ones(2), bias=jnp.zeros(2))
-  maps = probe.features(tokred.nn.vit.Output(None, (), out, None, aux), norm, 1)
-  np.testing.assert_allclose(maps["restored"][0], [[1, 2], [1, 2], [-1, 1]], atol=1e-5)
+  maps = probe.features(tokred.nn.vit.Output(None, (), out, None, aux), norm, 3.0, 1)
+  np.testing.assert_allclose(maps["restored"][0], [[1, 2], [1, 2], [-0.5, 0.5]], atol=1e-5)
   np.testing.assert_allclose(maps["zeros"][0], [[1, 2], [0, 0], [0, 0]])
 
 
@@ -267,3 +267,9 @@ def test_probe_of_a_model():
   assert all(0 <= value <= 1 for row in out.values() for value in row.values())
   dense = probe.probe(dataclasses.replace(build(), params=model.params), 40, steps=20)
   assert dense["restored"] == dense["zeros"]
+
+
+def test_probe_of_a_model_without_a_norm_of_tokens():
+  model = tokred.build(dict(model=dict(SMALL, final_norm="pooled", pool="avg"))).init()
+  with pytest.raises(ValueError, match=r"config.model.final_norm='pooled' leaves no norm .*valid: tokens"):
+    probe.probe(model)

@@ -40,7 +40,7 @@ def segments(images: np.ndarray, labels: np.ndarray, patch: int, threshold: floa
   return np.where(foreground, 1 + labels[:, None], 0).astype(np.int32)
 
 
-def features(output: Output, norm: Any, num_prefix_tokens: int) -> dict[str, Array]:
+def features(output: Output, norm: Any, eps: float, num_prefix_tokens: int) -> dict[str, Array]:
   """Frozen features of each patch, (B, P, D), by the way in which tokens go back to where they came from.
 
   "restored": a patch has the value of the token that represents it (`owner`); if none does, the last value that it had
@@ -49,6 +49,7 @@ def features(output: Output, norm: Any, num_prefix_tokens: int) -> dict[str, Arr
   Args:
     output: of the model, with `aux`.
     norm: parameters of the final norm.
+    eps: its epsilon, `config.model.norm_eps`.
     num_prefix_tokens: source tokens before the patches.
   """
   tokens, layers = output.tokens, [name for name in output.aux if name.startswith("owner/")]
@@ -57,7 +58,7 @@ def features(output: Output, norm: Any, num_prefix_tokens: int) -> dict[str, Arr
   zeros = jnp.where(own[..., None], x, 0)
   for name in sorted(layers, key=lambda name: -int(name.split("/")[1])):
     owner = output.aux[name]
-    earlier = nn.LayerNorm(epsilon=1e-6).apply({"params": norm}, output.aux[name.replace("owner", "tokens")])
+    earlier = nn.LayerNorm(epsilon=eps).apply({"params": norm}, output.aux[name.replace("owner", "tokens")])
     x = jnp.where((~found & (owner >= 0))[..., None], restore(earlier, owner), x)
     found |= owner >= 0
   return {"restored": x[:, num_prefix_tokens:], "zeros": zeros[:, num_prefix_tokens:]}
@@ -102,10 +103,12 @@ def score(labels: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, 
 def collect(model: Model, split: str, examples: int, threshold: float) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """Features (M, P, D) by name and labels (M, P) of the first `examples` images (in whole batches; 0: all of them)."""
   c, shape = model.config, model.module.shape
+  if c.model.final_norm != "tokens":
+    raise ValueError(f"config.model.final_norm={c.model.final_norm!r} leaves no norm for single tokens; valid: tokens")
   sizes = dict(image_size=c.model.image_size, channels=c.model.channels, num_classes=c.model.num_classes)
   batches = eval_batches(c.data, split, **sizes, batch_size=c.eval.batch_size)
   run, maps, labels = forward(model.module, model.mode, True), [], []
-  place = jax.jit(lambda output, norm: features(output, norm, shape.num_prefix_tokens))
+  place = jax.jit(lambda output, norm: features(output, norm, c.model.norm_eps, shape.num_prefix_tokens))
   for batch in itertools.islice(batches, -(-examples // c.eval.batch_size) or None):
     keep = batch["mask"]
     out = place(run(model.params, batch["image"]), model.params["norm"])
