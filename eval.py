@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     sys.exit(f"eval.py: unexpected argument {argv[1]!r}; flags begin with --")
   logging.set_verbosity(logging.WARNING)  # else JAX tells of every backend that this machine does not have
   import tokred
+  from tokred.config import refuse
   from tokred.evaluate import evaluate
   from tokred.files import write_json
 
@@ -43,9 +44,12 @@ def main(argv: list[str]) -> None:
       from configs.vlm_methods import reductions
       from tokred.budgets import judge
 
-      models = reductions(model, _METHODS.value, map(float, _KEEP.value)) if _METHODS.value else {"as it is": model}
+      refuse(flags.FLAGS, ["mode"], "a vision-language model")
+      refuse(flags.FLAGS, [] if _METHODS.value else ["keep"], "a model as it is, without --methods")
+      models = reductions(model, _METHODS.value, _KEEP.value) if _METHODS.value else {"as it is": model}
       result = judge(models, _SPLIT.value, _BATCH_SIZE.value, times=_TIMES.value)
     else:
+      refuse(flags.FLAGS, ["methods", "keep", "times"], "a model of images alone")
       result = evaluate(model, _SPLIT.value, _BATCH_SIZE.value, _MODE.value)
     if _OUTPUT.value:
       write_json(Path(_OUTPUT.value), result)

@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # else JAX tells of every backend that this machine does not have
   import tokred
   from tokred import publish
+  from tokred.config import refuse
 
   functions = dict(batch_size=_BATCH_SIZE.value, platforms=_PLATFORMS.value, dtype=_DTYPE.value)
   try:
@@ -40,11 +41,13 @@ def main(argv: list[str]) -> None:
     if trained.config.model.name == "vlm":
       from configs.vlm_methods import reductions
 
-      keeps = map(float, _KEEP.value)
-      models = list(reductions(trained, [_METHOD.value], keeps).values()) if _METHOD.value else [trained]
+      refuse(flags.FLAGS, ["formats", "dtype", "preprocess", "latency"], "a vision-language model")
+      refuse(flags.FLAGS, [] if _METHOD.value else ["keep"], "a model as it is, without --method")
+      models = list(reductions(trained, [_METHOD.value], _KEEP.value).values()) if _METHOD.value else [trained]
       options = dict(batch_size=_BATCH_SIZE.value or 1, platforms=_PLATFORMS.value, max_new_tokens=_NEW.value)
       told = publish.language(models, _OUTPUT.value, **options)
     else:
+      refuse(flags.FLAGS, ["method", "keep", "max_new_tokens"], "a model of images alone")
       sizes = [int(size) for size in _LATENCY.value]
       dense = tokred.load(_WORKDIR.value, sites={}) if sizes else None
       functions |= dict(preprocess=_PREPROCESS.value)

@@ -28,6 +28,8 @@ def parse(argv: list[str]) -> list[str]:
     return flags.FLAGS(argv)
   except flags.Error as error:  # of a recipe that fails it holds the traceback, which ends in what matters
     sys.exit(f"train.py: {str(error).strip().splitlines()[-1].strip()}")
+  except OSError as error:  # an override behind a recipe that fails: its error wrapped anew
+    sys.exit(f"train.py: {str(error).rpartition('failure to load: ')[2].strip()}")
   except (AttributeError, KeyError) as error:  # an override of a field that the config does not have
     text = error.args[0].args[0] if isinstance(error.args[0], Exception) else error.args[0]
     sys.exit(f"train.py: the config has no field {' '.join(str(text).split())}")

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import vlm_methods
-from tokred.config import arguments, default
+from tokred.config import arguments, default, nearest
 
 # What a method adds to a recipe: groups of the config, for k of n image tokens, a tower and a language model so deep.
 FRESH = dict(multipliers=((r".*/reduce/.*|projector/.*", 5.0),))
@@ -67,6 +67,8 @@ def reduced(config: ConfigDict, method: str, keep: float) -> bool:
     patches = (m.image_size[0] // patch) * (m.image_size[1] // patch)
     own = LEARNED[method](round(keep * patches), patches, m.depth, config.llm.depth)
   else:
+    if method not in vlm_methods.METHODS:
+      raise ValueError(f"method={method!r} is unknown; {nearest(method, ('dense', *LEARNED, *vlm_methods.METHODS))}")
     cls = m.pool == "cls" or m.class_token
     sites = vlm_methods.sites(method, keep, depth=m.depth, llm_depth=config.llm.depth, cls=cls)
     own = dict(sites=sites, train=GATHER)

@@ -109,12 +109,22 @@ METHODS: dict[str, Callable[[Model], Sites]] = {
 }
 
 
-def reductions(model: Any, names: Iterable[str], keeps: Iterable[float]) -> dict[str, Any]:
+def _share(keep: float | str) -> float:
+  try:
+    share = float(keep)
+  except ValueError:
+    share = 0.0
+  if not 0.0 < share <= 1.0:
+    raise ValueError(f"keep={keep!r}; valid: shares of the image tokens, above 0 up to 1 (without sites)")
+  return share
+
+
+def reductions(model: Any, names: Iterable[str], keeps: Iterable[float | str]) -> dict[str, Any]:
   """A `tokred.model.Reader` with each method at each share, by "method share"; 1.0 is the model without sites."""
   c, out = model.config, {}
   known = dict(depth=model.module.tower.shape.depth, llm_depth=c.llm.depth)
   known["cls"] = model.module.tower.shape.has_cls
-  for keep in keeps:
+  for keep in map(_share, keeps):
     for name in names if keep < 1 else ["dense"]:
       out[f"{name} {keep:g}"] = model.with_sites(sites(name, keep, **known) if keep < 1 else {})
   return out

@@ -9,7 +9,6 @@ median of those ratios, beside the ratio that the FLOPs promise.
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -21,7 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokred.model import Model, freeze
+from tokred.files import write_json
+from tokred.model import Model, Reader, freeze
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,10 +182,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   try:
     model = tokred.load(flags.model)
     baseline = tokred.load(flags.baseline) if flags.baseline else tokred.load(flags.model, sites={})
+    if isinstance(model, Reader):
+      raise ValueError(f"{flags.model} is a vision-language model; python -m tokred.bench_vlm times these")
     rows = compare(model, baseline, flags.batch_sizes, rounds=flags.rounds)
     print(format_table(rows))
     if flags.json:
-      Path(flags.json).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+      write_json(Path(flags.json), [dataclasses.asdict(row) for row in rows])
   except (ValueError, OSError) as error:
     sys.exit(f"tokred.bench: {error}")
 

@@ -297,3 +297,16 @@ def arguments(text: str | None, **defaults: Any) -> ConfigDict:
     except ValueError:
       raise ValueError(f"config argument {name}={value!r} must be of type {kind.__name__}") from None
   return out
+
+
+def refuse(flags: Any, names: Iterable[str], kind: str) -> None:
+  """Raises ValueError for a command's flags that were given, and mean nothing for models of this kind.
+
+  Args:
+    flags: absl's FLAGS.
+    names: of the flags.
+    kind: of the model, in words.
+  """
+  for name in names:
+    if flags[name].present:
+      raise ValueError(f"--{name} means nothing for {kind}; leave it out")

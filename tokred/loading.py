@@ -79,7 +79,7 @@ def read_config(path: str | os.PathLike[str], model: Mapping[str, Any] | None = 
     return export.read_config(path)
   found = checkpoint.steps(path / checkpoint.FOLDER)  # the last one's config: its rates may be frozen
   config = run_dir.read_config(path / checkpoint.FOLDER / str(found[-1]) if found else path)
-  if (path / run_dir.WORDS).exists() and not config.text.tokenizer:
+  if (path / run_dir.WORDS).exists():
     with config.unlocked():
       config.text.tokenizer = str(path / run_dir.WORDS)
   return config

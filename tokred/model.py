@@ -120,7 +120,7 @@ class Reader(Model):
     Raises:
       ValueError: no parameters yet, images of another shape, or placeholders that are not as many as patches.
     """
-    ids, images, slot = self._checked(ids, images, slot)
+    ids, images, slot = self._checked(ids, images, slot, mask)
     known = self.module.known(ids, slot, mask, self.mode) if self.mode == "gather" else None
     return read(self.module, self.mode)(self.params, known, ids, images, slot, mask)
 
@@ -129,7 +129,7 @@ class Reader(Model):
     **options: Any,
   ) -> generate.Generated:  # fmt: skip
     """Continues prompts; options are those of `tokred.nn.generate.generate`: stop_tokens, temperature, top_p, seed."""
-    ids, images, slot = self._checked(ids, images, slot)
+    ids, images, slot = self._checked(ids, images, slot, mask)
     return generate.write(self.module, self.params, ids, images, slot, mask, max_new_tokens, **options)
 
   def inspect(self, ids: Array, images: Array) -> Any:
@@ -139,7 +139,7 @@ class Reader(Model):
     run = lambda params: self.module.apply({"params": params}, ids, images, slot=slot, known=known, mode=self.mode)  # noqa: E731
     return jax.jit(run)(self.params)
 
-  def _checked(self, ids: Any, images: Any, slot: Any) -> tuple[np.ndarray, Any, np.ndarray]:
+  def _checked(self, ids: Any, images: Any, slot: Any, mask: Any = None) -> tuple[np.ndarray, Any, np.ndarray]:
     if self.params is None:
       raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
     ids, s, token = np.asarray(ids), self.module.tower.shape, self.module.image_token
@@ -148,11 +148,18 @@ class Reader(Model):
       raise ValueError(
         f"images of shape {np.shape(images)}; the model takes (batch, images of a row, {', '.join(map(str, wanted))})"
       )
-    if ids.ndim != 2 or len(ids) != len(images) or not (ids.min() >= 0 and ids.max() < self.config.llm.vocab):
+    if (
+      ids.ndim != 2
+      or not ids.size
+      or len(ids) != len(images)
+      or not (ids.min() >= 0 and ids.max() < self.config.llm.vocab)
+    ):
       raise ValueError(
         f"ids of shape {ids.shape} from {ids.min(initial=0)} to {ids.max(initial=0)}; valid: ({len(images)}, tokens), "
         f"from 0 to {self.config.llm.vocab - 1}"
       )
+    if mask is not None and np.shape(mask) != ids.shape:
+      raise ValueError(f"mask of shape {np.shape(mask)} for ids of shape {ids.shape}; valid: that of ids")
     slot = (
       placeholders.slots(ids, token, np.shape(images)[1], s.grid[0] * s.grid[1]) if slot is None else np.asarray(slot)
     )

@@ -137,7 +137,7 @@ def test_seven_billion_parameters_are_all_sharded(name):
   [
     (dict(num_kv_heads=3), r"num_kv_heads=3 does not divide num_heads=4"),
     (dict(head_dim=7), r"head_dim=7 must be even"),
-    (dict(depth=0), r"depth=0 must be 1 or more"),
+    (dict(depth=0), r"config.llm.depth=0 must be 1 or more"),
     (dict(activation="silo"), r"activation='silo' is unknown; did you mean 'silu'"),
     (dict(rope=Rope(kind="yarn")), r"rope_type='yarn' is not supported; valid: default, linear, llama3"),
     (dict(rope=Rope(sections=(1, 1))), r"mrope_section=\[1, 1\] must add up to 4, half of head_dim=8"),

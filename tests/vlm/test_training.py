@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import tokred
-from tokred import data, losses, sharding
+from tokred import data, loading, losses, sharding
 from tokred.budgets import judge
 from tokred.config import complete
 from tokred.evaluate import evaluate
@@ -93,6 +94,9 @@ def test_two_stages(talks, stage_1, tmp_path):
   assert second["gmacs"] < first["gmacs"]
   lines = [json.loads(line) for line in (tmp_path / "2" / "metrics.jsonl").read_text().splitlines()]
   assert all(lines[0][f"train/{term}"] >= 0 for term in ("cross_entropy", "distill_logits", "keep_ratio"))
+  words = [(path / "words.json").read_text() for path in (folder, tmp_path / "2")]
+  assert words[0] == words[1]  # and the second run does not need the first one's
+  assert loading.read_config(tmp_path / "2").text.tokenizer == str(tmp_path / "2" / "words.json")
   two = parameters(tmp_path / "2")
   moved = {name for name in one if not np.array_equal(two[name], one[name])}
   assert any("attn/qkv" in name for name in moved) and any(name.startswith("projector/") for name in moved)
@@ -104,6 +108,26 @@ def test_two_stages(talks, stage_1, tmp_path):
   ids[:, 1:17] = 3
   assert model(ids, np.zeros((1, 1, 16, 16, 3), np.float32)).shape == (1, 20, 512)
   assert model.write(ids, np.zeros((1, 1, 16, 16, 3), np.float32), max_new_tokens=3).tokens.shape == (1, 3)
+
+
+def test_ids_mean_what_they_meant_where_the_weights_come_from(talks, stage_1, tmp_path):
+  """Other conversations have other words: a vocabulary of theirs would give the weights of one word to another."""
+  other = tmp_path / "talks"
+  shutil.copytree(talks, other)
+  lines = (other / "train.jsonl").read_text()
+  (other / "train.jsonl").write_text(lines.replace("red", "a colour that I know"))
+  config = recipe(other, train__steps=1, optim__warmup_steps=0)
+  config.init = str(stage_1[0])
+  assert data.tokenizer(complete(config)).words != data.tokenizer(loading.read_config(stage_1[0])).words
+  train(config, tmp_path / "run")
+  assert (tmp_path / "run" / "words.json").read_text() == (stage_1[0] / "words.json").read_text()
+  train(config, tmp_path / "run")  # the same command goes on: nothing is left to do
+
+
+def test_terms_of_classifiers_are_refused(talks, stage_1, tmp_path):
+  config = recipe(talks, loss__distill_tokens=1.0)
+  with pytest.raises(ValueError, match=r"config.loss.distill_tokens=1.0 is no term of config.model.name='vlm'"):
+    train(config, tmp_path)
 
 
 def test_counts_are_of_the_images_that_there_are(talks):
@@ -330,3 +354,41 @@ def test_a_directory_of_llava_loads_and_learns(talks, tmp_path):
     config.text.max_length, config.text.tokenizer = 120, ""
   summary = train(config, tmp_path / "run")
   assert summary["step"] == 2
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    (dict(num_heads=5), r"config.llm.num_heads=5 does not divide width=32"),
+    (dict(norm_eps=-1.0), r"config.llm.norm_eps=-1.0; valid: 0 or more"),
+    (dict(prompt=-1), r"config.llm.prompt=-1; valid: 1 or more"),
+  ],
+)
+def test_a_language_model_that_cannot_be(talks, fields, message):
+  config = recipe(talks)
+  config.llm.width, config.llm.num_heads = 32, 2
+  config.llm.update(fields)
+  with pytest.raises(ValueError, match=message):
+    tokred.build(config)
+
+
+def test_what_a_reader_is_given(talks):
+  model = tokred.build(recipe(talks)).init()
+  ids, images = np.full((1, 20), 5, np.int32), np.zeros((1, 1, 16, 16, 3), np.float32)
+  ids[:, 1:17] = 3
+  with pytest.raises(ValueError, match=r"mask of shape \(1, 5\) for ids of shape \(1, 20\)"):
+    model(ids, images, np.ones((1, 5), bool))
+  with pytest.raises(ValueError, match=r"ids of shape \(1, 0\)"):
+    model(ids[:, :0], images)
+
+
+@pytest.mark.parametrize("keep", ["1.5", "half", "0"])
+def test_shares_of_image_tokens(talks, keep):
+  model = tokred.build(recipe(talks))
+  with pytest.raises(ValueError, match=rf"keep='{keep}'; valid: shares of the image tokens, above 0 up to 1"):
+    vlm_methods.reductions(model, ["random"], [keep])
+
+
+def test_an_unknown_method_of_a_recipe():
+  with pytest.raises(ValueError, match=r"method='sti' is unknown; did you mean 'sit'"):
+    vlm_easy.get_config("method=sti")

@@ -281,13 +281,13 @@ def make(
   """
   for field in ("vocab", "width", "depth", "mlp_dim", "num_heads", "num_kv_heads", "head_dim", "max_length"):
     if getattr(shape, field) < 1:
-      raise ValueError(f"{field}={getattr(shape, field)} must be 1 or more")
+      raise ValueError(f"config.llm.{field}={getattr(shape, field)} must be 1 or more")
   if shape.num_heads % shape.num_kv_heads:
-    raise ValueError(f"num_kv_heads={shape.num_kv_heads} does not divide num_heads={shape.num_heads}")
+    raise ValueError(f"config.llm.num_kv_heads={shape.num_kv_heads} does not divide num_heads={shape.num_heads}")
   if shape.head_dim % 2:
-    raise ValueError(f"head_dim={shape.head_dim} must be even: rotary positions turn pairs of channels")
+    raise ValueError(f"config.llm.head_dim={shape.head_dim} must be even: rotary positions turn pairs of channels")
   if shape.activation not in ACTIVATIONS:
-    raise ValueError(f"activation={shape.activation!r} is unknown; {nearest(shape.activation, ACTIVATIONS)}")
+    raise ValueError(f"config.llm.activation={shape.activation!r} is unknown; {nearest(shape.activation, ACTIVATIONS)}")
   shape.rope.frequencies(shape.head_dim)
   for field, kind in (("dtype", dtype), ("param_dtype", param_dtype)):
     if kind not in DTYPES:

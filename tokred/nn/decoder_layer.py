@@ -60,6 +60,12 @@ def language(config: ConfigDict) -> Shape:
     raise ValueError(
       f"config.llm.rope_scale={tuple(c.rope_scale)!r} of rope_type={c.rope_type!r}; valid: {names[:wanted] or '()'}"
     )
+  if not c.head_dim and c.width % heads:
+    raise ValueError(
+      f"config.llm.num_heads={c.num_heads} does not divide width={c.width}; valid: a divisor, or head_dim"
+    )
+  if not c.norm_eps >= 0:
+    raise ValueError(f"config.llm.norm_eps={c.norm_eps}; valid: 0 or more")
   rope = Rope(c.rope_theta, c.rope_type, **dict(zip(names, c.rope_scale, strict=False)))
   return Shape(
     vocab=c.vocab, width=c.width, depth=c.depth, mlp_dim=c.mlp_dim or 4 * c.width, num_heads=c.num_heads,

@@ -345,6 +345,8 @@ def make(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any]) -> VL
   llm = decoder.make(text, read, **kinds)
   if not 0 <= config.llm.image_token < text.vocab:
     raise ValueError(f"config.llm.image_token={config.llm.image_token}; valid: 0 to {text.vocab - 1}, the vocabulary")
+  if config.llm.prompt < 1:
+    raise ValueError(f"config.llm.prompt={config.llm.prompt}; valid: 1 or more")
   if sizes.num_classes:
     raise ValueError(f"config.model.num_classes={sizes.num_classes}: a tower has no head; valid: 0")
   projector = projectors.projector(config.projector.name, FrozenConfigDict(config.projector), text.width)

@@ -59,6 +59,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
   begin, workdir = time.monotonic(), Path(workdir)
   sharding.initialize_distributed()
   config = complete(config)
+  words = Path(config.init) / run_dir.WORDS
+  if config.init and words.exists() and not config.text.tokenizer:
+    with config.unlocked():  # ids mean what they meant where the weights come from
+      config.text.tokenizer = str(words)
   check(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, mesh, config.train.accumulate)
@@ -247,9 +251,11 @@ def _data(config: ConfigDict) -> tuple[Any, Any]:
 
 def _write_words(config: ConfigDict, workdir: Path) -> None:
   """The words that a tokenizer was made of stay with the run."""
-  if config.model.name == "vlm" and not config.text.tokenizer and jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    tokred_data.tokenizer(config).write(workdir / run_dir.WORDS)
+  if config.model.name == "vlm" and jax.process_index() == 0:
+    words = tokred_data.tokenizer(config)
+    if hasattr(words, "write"):  # the files of a checkpoint's own tokenizer stay where they are
+      workdir.mkdir(parents=True, exist_ok=True)
+      words.write(workdir / run_dir.WORDS)
 
 
 def _first_state(phase: Phase) -> Any:

@@ -31,6 +31,9 @@ _RANGES: dict[str, tuple[Callable, str]] = {
   "loss.label_smoothing": (lambda value: 0 <= value < 1, "0 up to, not including, 1"),
   "loss.temperature": (lambda value: value > 0, "above 0"),
 }
+_CLASSIFIER_TERMS = (
+  "distill_tokens", "distill_tokens_kl", "recalibration", "consistency", "full_cross_entropy", "full_distill",
+)  # fmt: skip
 
 
 class Phase:
@@ -146,6 +149,10 @@ def check(config: ConfigDict) -> None:
 def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
   """Raises ValueError where `config.train`, `rates` or `loss` ask for what the sites cannot do; `frozen`: see Phase."""
   spots = module.spots
+  if isinstance(module, VLM):
+    for term in _CLASSIFIER_TERMS:
+      if config.loss[term]:
+        raise ValueError(f"config.loss.{term}={config.loss[term]} is no term of config.model.name='vlm'; valid: 0.0")
   by_rate = lambda rate: sorted({spot.site for spot in spots if spot.rate == rate})  # noqa: E731
   scheduled, costed = by_rate("scheduled"), sorted({*by_rate("learned"), *by_rate("learned_threshold")})
   if config.train.mode == "gather" and costed:
