@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from tokred import checkpoint, export, lora, pretrained, run_dir
 from tokred.config import complete
+from tokred.export.folder import LANGUAGE_CARD
 from tokred.model import Model, build, init
 from tokred.nn.vit import shape
 from tokred.sharding import path_name
@@ -58,6 +59,10 @@ def load(
 def _source(path: str | os.PathLike[str]) -> pretrained.Source | None:
   """Files of weights, or None where a run directory or an export lies there."""
   local = Path(path)
+  if (local / LANGUAGE_CARD).exists():
+    raise ValueError(
+      f"{path} is an export of a vision-language model; tokred.export.generation.open_generation runs it"
+    )
   if (local / export.CARD).exists() or (local / checkpoint.FOLDER).is_dir():
     return None
   return pretrained.open_source(path)

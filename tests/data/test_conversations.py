@@ -294,6 +294,7 @@ BAD_FIELDS = {
   r"config.text.too_long='cut'; valid: error, skip": dict(too_long="cut"),
   r"config.text.max_length=3: every conversation is longer": dict(max_length=3, too_long="skip"),
   r"config.seed=-1; valid: 0 or more": dict(seed=-1),
+  r"config.data.bad_images='skip' of conversations; valid: error": dict(fields=dict(bad_images="skip")),
   r"config.data.mixup=0.2: conversations cannot be mixed; valid: 0": dict(fields=dict(mixup=0.2)),
   r"train.jsonl:1: 3 placeholders \(id 5\) for 1 images of 2 tokens": dict(image_token=WHAT),
   r"config.data.data_dir='' has no <split>.jsonl": dict(fields=dict(data_dir="")),

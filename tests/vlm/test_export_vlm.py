@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import tokred
 from tokred.export import ExportError, check
 from tokred.export.generation import open_generation, save_generation
 from tokred.model import build
@@ -105,6 +106,8 @@ def test_bad_exports(folder, tmp_path):
     save_generation(model(), tmp_path, **SIZES)
   with pytest.raises(ExportError, match=r"holds no export of a vision-language model"):
     open_generation(tmp_path)
+  with pytest.raises(ValueError, match=r"is an export of a vision-language model; .*open_generation runs it"):
+    tokred.load(folder)
   shutil.copytree(folder, tmp_path / "copy")
   check(tmp_path / "copy", ["stablehlo"])  # it may be replaced, as long as nothing else is in it
   (tmp_path / "copy" / "notes").write_text("mine")

@@ -395,6 +395,8 @@ def _check(config_data: ConfigDict, seed: int, prompt: str, too_long: str, image
     raise ValueError(f"config.text.too_long={too_long!r}; valid: error, skip")
   if images < 1:
     raise ValueError(f"config.text.images={images}; valid: 1 or more")
+  if config_data.bad_images != "error":  # a conversation cannot do without its image
+    raise ValueError(f"config.data.bad_images={config_data.bad_images!r} of conversations; valid: error")
   for field in ("mixup", "cutmix"):
     if config_data[field]:
       raise ValueError(f"config.data.{field}={config_data[field]}: conversations cannot be mixed; valid: 0")
