@@ -13,7 +13,7 @@ from PIL import Image
 
 import tokred
 from tokred import losses, sharding, sweep
-from tokred.config import complete, default
+from tokred.config import arguments, complete, default
 from tokred.train.loop import train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -213,3 +213,12 @@ def test_a_misspelt_field_is_refused(name):
 def test_docstring_has_the_command(name):
   text = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
   assert f"python train.py --config=configs/{name}.py" in text and "--workdir=" in text
+
+
+def test_a_yes_or_no_is_one_of_these():
+  flags = {
+    text: arguments(text, flag=False).flag for text in ("", "flag", "flag=1", "flag=True", "flag=0", "flag=false")
+  }
+  assert list(flags.values()) == [False, True, True, True, False, False]
+  with pytest.raises(ValueError, match="config argument flag='flase' must be of type bool; valid: 1, true, 0, false"):
+    arguments("flag=flase", flag=False)

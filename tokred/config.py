@@ -280,6 +280,9 @@ def _tuples(value: Any) -> Any:
   return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple, range)) else value
 
 
+_BOOLS = {"": True, "1": True, "true": True, "0": False, "false": False}
+
+
 def arguments(text: str | None, **defaults: Any) -> ConfigDict:
   """Structural arguments of a recipe: "variant=Ti/4,runlocal" over their defaults, in the types of these.
 
@@ -293,9 +296,10 @@ def arguments(text: str | None, **defaults: Any) -> ConfigDict:
       raise ValueError(f"config argument {name!r} is unknown; {nearest(name, defaults)}")
     kind = type(defaults[name])
     try:
-      out[name] = value.lower() not in ("0", "false") if kind is bool else kind(value)
-    except ValueError:
-      raise ValueError(f"config argument {name}={value!r} must be of type {kind.__name__}") from None
+      out[name] = _BOOLS[value.lower()] if kind is bool else kind(value)
+    except (KeyError, ValueError):
+      valid = f"; valid: {', '.join(filter(None, _BOOLS))}, or the name alone" if kind is bool else ""
+      raise ValueError(f"config argument {name}={value!r} must be of type {kind.__name__}{valid}") from None
   return out
 
 
