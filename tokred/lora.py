@@ -15,7 +15,7 @@ gradient of W' is computed and then projected.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,11 +72,26 @@ def merge(params: Mapping[str, Any], alpha: float) -> dict[str, Any]:
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def frozen(names: Iterable[str], config_lora: ConfigDict) -> frozenset[str]:
-  """Of the paths of all parameters those that do not train where there are adapters: neither these nor `train`."""
+def frozen(names: Collection[str], config_lora: ConfigDict, may_miss: Collection[str] | None = None) -> frozenset[str]:
+  """Of the paths of all parameters those that do not train where there are adapters: neither these nor `train`.
+
+  Args:
+    names: the paths.
+    config_lora: `config.lora`.
+    may_miss: regexes of `train` that may match nothing; None: any may.
+
+  Raises:
+    ValueError: another one matches nothing.
+  """
   if not config_lora.rank:
     return frozenset()
   patterns = [_compiled("train", regex) for regex in config_lora.train]
+  for regex, pattern in zip(config_lora.train, patterns, strict=True):
+    if may_miss is not None and regex not in may_miss and not any(map(pattern.fullmatch, names)):
+      raise ValueError(
+        f"config.lora.train: {regex!r} matches none of the {len(names)} parameters (all of the path must match); "
+        f"valid are paths such as {', '.join(list(names)[:: max(1, len(names) // 6)][:6])}"
+      )
   trains = lambda name: name.startswith(f"{SUBTREE}/") or any(p.fullmatch(name) for p in patterns)  # noqa: E731
   return frozenset(name for name in names if not trains(name))
 

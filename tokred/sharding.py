@@ -122,6 +122,26 @@ def make_rules(config_mesh: Mapping[str, Any]) -> Rules:
   return (*((regex, tuple(spec)) for regex, spec in rules), *DEFAULT_RULES)
 
 
+def check_used(config_mesh: Mapping[str, Any], tree: Any) -> None:
+  """Checks that every rule of `config.mesh.rules` finds something in a state.
+
+  Raises:
+    ValueError: one does not.
+  """
+  names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  for i, (regex, spec) in enumerate(config_mesh["rules"]):
+    if not any(map(_end_of_path(regex).fullmatch, names)):
+      sample = [name.removeprefix("params/") for name in names if name.startswith("params/")]
+      raise ValueError(
+        f"config.mesh.rules[{i}]={(regex, spec)!r}: {regex!r} matches the end of no path of the state; valid are those "
+        f"of {', '.join(sample[:: max(1, len(sample) // 6)][:6])}"
+      )
+
+
+def _end_of_path(regex: str) -> re.Pattern[str]:
+  return re.compile(rf"(?:.*/)?(?:{regex})")
+
+
 def path_name(path: tuple[Any, ...]) -> str:
   """A key path of `jax.tree_util` as "a/b/c": dict keys, attributes of dataclasses and named tuples, indices."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -144,7 +164,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
   Raises:
     ValueError: a rule with more axes than its parameter has dimensions.
   """
-  rules = [(re.compile(rf"(?:.*/)?(?:{regex})"), regex, spec) for regex, spec in rules]
+  rules = [(_end_of_path(regex), regex, spec) for regex, spec in rules]
 
   def sharding(path, leaf) -> NamedSharding:
     name, shape = path_name(path), np.shape(leaf)

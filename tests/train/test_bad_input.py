@@ -54,6 +54,14 @@ MISTAKES = {
   "no folder": ({"data": {"name": "image_folder", "data_dir": "nowhere"}}, ["config.data.data_dir='nowhere'"]),
   "optimiser": ({"optim": {"name": "adamww"}}, ["config.optim.name='adamww'", "did you mean 'adamw'"]),
   "regex": ({"optim": {"freeze": ("blocks.*",)}}, ["config.optim.freeze: 'blocks.\\*' matches none", "block_0"]),
+  "adapters": (
+    {"lora": {"rank": 2, "train": (r"haed/.*", r"(.*/)?reduce/.*")}},
+    [r"config.lora.train: 'haed/\.\*' matches none", "valid are paths such as"],
+  ),
+  "mesh rule": (
+    {"mesh": {"rules": ((r"no_such/kernel", ("fsdp", None)),)}},
+    [r"config.mesh.rules\[0\]=.*'no_such/kernel' matches the end of no path", "valid are those of "],
+  ),
   "warm-up": ({"optim": {"warmup_steps": 9}}, ["config.optim.warmup_steps=9", "valid: 0 to 5"]),
   "batch of 0": ({"train": {"batch_size": 0}}, ["config.train.batch_size=0", "1 or more"]),
   "negative steps": ({"train": {"steps": -1}}, ["config.train.steps=-1", "0 or more"]),

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from tokred import loading, lora, losses, schedules, sharding
-from tokred.config import nearest
+from tokred.config import default, nearest
 from tokred.model import build, init, without_sites
 from tokred.nn import projectors
 from tokred.nn.stacks import split
@@ -59,7 +59,7 @@ class Phase:
     params = jax.eval_shape(lambda: init(self.module, config.seed))
     whole = jax.eval_shape(self.adapted, params)
     names = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(whole)]
-    fixed = lora.frozen(names, config.lora)
+    fixed = lora.frozen(names, config.lora, None if frozen else default().lora.train)
     never = optim.frozen(config.optim, whole, not frozen, fixed)
     self.optimizer, self.schedule = optim.make_optimizer(config.optim, whole, total_steps, not frozen, fixed)
     self.frozen = {name for name, there in zip(names, jax.tree.leaves(never), strict=True) if there}
@@ -71,6 +71,8 @@ class Phase:
       )
     self.rules = sharding.make_rules(config.mesh)
     self.target = sharding.abstract_sharded(self.new_state, params, mesh=mesh, rules=self.rules)
+    if not frozen:
+      sharding.check_used(config.mesh, self.target)
     # The state comes out as it went in: else XLA chooses, and a run that is resumed would not be the same program.
     out = (self.shardings, NamedSharding(mesh, PartitionSpec()))
     taught = jax.eval_shape(lambda: init(self.teacher, config.seed))
