@@ -90,6 +90,17 @@ def counts(**named):
       dict(reducer="topk", layers=(1,), rate="learned", initial=(9, 8)),
       r"sites.s.initial=\(9, 8\) has 2 entries",
     ),
+    (
+      dict(TOPK, schedule=(0, 9)),
+      r"sites.s.schedule=\(0, 9\) is for rate='scheduled', but rate='fixed'; drop the field",
+    ),
+    (dict(TOPK, granularity=4), r"sites.s.granularity=4 is for rate='learned', but rate='fixed'"),
+    (dict(TOPK, threshold=0.3), r"sites.s.threshold=0.3 is for rate='threshold' or 'learned_threshold', but rate='fi"),
+    (
+      dict(TOPK, softness=0.3),
+      r"sites.s.softness=0.3 is for rate='learned_threshold' or 'threshold', but rate='fixed'",
+    ),
+    (dict(TOPK, layers=(0, 7), place="output"), r"sites.s.layers=\(0, 7\), but place='output' is behind all blocks"),
     (dict(TOPK, granularity=0), r"sites.s.granularity=0 must be an int of at least 1"),
     (dict(TOPK, granularity=1.5), r"sites.s.granularity=1.5 must be an int"),
     (
@@ -268,7 +279,8 @@ MOVING = sorted(name for name, cls in base.REGISTRY.items() if moving(cls) and "
 def test_what_can_move_while_training_may_be_traced(name):
   """Where an option decides in Python, what is traced cannot take its place."""
   (option,), stack = moving(base.REGISTRY[name]), Stack(4, 17, 1)
-  spot = sites.parse(dict(s=dict(reducer=name, layers=(1,), keep=0.5)), stack).spots[0]
+  where = {} if base.REGISTRY[name].places[0] == "output" else dict(layers=(1,))
+  spot = sites.parse(dict(s=dict(reducer=name, keep=0.5, **where)), stack).spots[0]
   case = cases.make_cases(spot.module())["prefix"]
   keeps = lambda value: {f"s.{option}": value}  # noqa: E731
 

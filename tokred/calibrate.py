@@ -226,7 +226,7 @@ def _passing(
 ) -> Callable[[float], tuple[list[float], float, float]]:
   """t -> tokens of score >= t out of each spot, mean over images, and the lowest and the highest score there was."""
   config = model.config.to_dict()
-  fields = {name: value for name, value in config["sites"][site].items() if name != "r"}
+  fields = {name: value for name, value in config["sites"][site].items() if name not in ("r", "schedule")}
   config["sites"][site] = fields | dict(rate="threshold", threshold=0.0, keep=keeping_all(fields))  # all may pass
   module = build(config).module
   images = _images(batches)

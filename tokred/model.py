@@ -257,7 +257,8 @@ def freeze(model: Model) -> Model:
   config = model.config.to_dict()
   for name in {spot.site for spot in spots[learned[0] :]}:
     site = config["sites"][name]
-    gone = ("r", "granularity", "initial") + (() if site.get("rate") == "threshold" else ("rate", "schedule"))
+    gone = ("r", "granularity", "initial", "softness")
+    gone += () if site.get("rate") == "threshold" else ("rate", "schedule")
     slots = len(site["reducer"]) if isinstance(site["reducer"], (tuple, list)) else 1
     by_slot = tuple(tuple(kept[name][slot::slots]) for slot in range(slots))
     keep = {"keep": by_slot if slots > 1 else by_slot[0]}

@@ -60,7 +60,7 @@ def at_budget(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any], 
   if begin := {name for name, site in sites.items() if site.get("initial") == "budget"}:
     fixed = {name: as_fixed(site) if name in begin else site for name, site in sites.items()}
     by_hand = at_budget(config, fixed, budget)
-    learned = {name: {k: v for k, v in by_hand[name].items() if k != "keep"} for name in begin}
+    learned = {name: {k: v for k, v in {**sites[name], **by_hand[name]}.items() if k != "keep"} for name in begin}
     return by_hand | {name: learned[name] | {"rate": "learned", "initial": by_hand[name]["keep"]} for name in begin}
   config = complete(config).to_dict()
   depth = build(config | {"sites": {}}).module.shape.depth
@@ -145,7 +145,8 @@ def _with_layers(site: Mapping[str, Any], depth: int, way: int) -> dict[str, Any
 
 def as_fixed(site: Mapping[str, Any]) -> dict[str, Any]:
   """A site whose rate is learned or a threshold, as if it were not."""
-  return {name: value for name, value in site.items() if name not in ("rate", "initial", "threshold", "softness")}
+  own = ("rate", "initial", "granularity", "threshold", "softness")
+  return {name: value for name, value in site.items() if name not in own}
 
 
 def _settled(site: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 A site is a dict with these fields; all but `reducer` and `layers` may be left out:
 
   reducer      a registered name, or a tuple of names that act in this order (DiffRate: ("topk", "diffrate_merge"))
-  layers       the blocks it acts in, from 0, ascending
+  layers       the blocks it acts in, from 0, ascending; place="output" has none
   stack        "encoder", or "llm" in a language model
   place        before (a block), around (a block), ahead (of attention, whose map serves the reduced tokens), attn
                (between attention and MLP), mlp (around the MLP), after (a block), output (after the last block)
@@ -41,6 +41,12 @@ from tokred.reducers import base
 
 FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold", "initial")
 FIELDS += ("proportional", "until", "softness", "anneal", "position", "of")
+USED = {  # fields that only some rates read; a softness of learned thresholds stays with those that were frozen
+  "granularity": ("learned",),
+  "schedule": ("scheduled",),
+  "softness": ("learned_threshold", "threshold"),
+  "threshold": ("threshold", "learned_threshold"),
+}
 POSITIONS = ("original", "reindex")
 WHOLES = ("arriving", "input")
 PLACED = frozenset({"layer", "depth", "place", "prefix", "source"})  # fields of a reducer that its site fills in
@@ -153,10 +159,14 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
       )
   if site.get("stack", stack.name) != stack.name:
     raise ValueError(f"{field}.stack={site['stack']!r} does not exist in this model; valid: {stack.name}")
-  layers = (-1,) if place == "output" else site.get("layers")
+  layers = site.get("layers", () if place == "output" else None)
   if layers is None:
     raise ValueError(f"{field}.layers is missing; valid: a tuple of block numbers from 0 to {stack.depth - 1}")
   layers = tuple(layers) if isinstance(layers, (tuple, list, range)) else (layers,)
+  if place == "output":
+    if layers not in ((), (-1,)):
+      raise ValueError(f"{field}.layers={layers}, but place='output' is behind all blocks; drop the field")
+    layers = (-1,)
   if list(layers) != sorted(layers) or not layers:
     raise ValueError(f"{field}.layers={layers} must name at least one layer, in ascending order")
   for layer in layers:
@@ -229,6 +239,10 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(f"{field}.softness={common['softness']!r} must be a float above 0")
   if not (isinstance(common["granularity"], int) and common["granularity"] >= 1):
     raise ValueError(f"{field}.granularity={common['granularity']!r} must be an int of at least 1")
+  for setting, valid in USED.items():
+    if setting in site and rate not in valid:
+      words = f"is for rate={' or '.join(map(repr, valid))}, but rate={rate!r}; drop the field"
+      raise ValueError(f"{field}.{setting}={site[setting]!r} {words}")
   drafts = []
   for where, layer in enumerate(layers):
     for slot, (reducer, cls) in enumerate(zip(names, classes, strict=True)):
