@@ -54,6 +54,10 @@ MISTAKES = {
   "no folder": ({"data": {"name": "image_folder", "data_dir": "nowhere"}}, ["config.data.data_dir='nowhere'"]),
   "optimiser": ({"optim": {"name": "adamww"}}, ["config.optim.name='adamww'", "did you mean 'adamw'"]),
   "regex": ({"optim": {"freeze": ("blocks.*",)}}, ["config.optim.freeze: 'blocks.\\*' matches none", "block_0"]),
+  "frozen behind the end": (
+    learned(rates={"freeze_step": 7}),
+    ["config.rates.freeze_step=7 but the run has 6 steps", r"valid: 0 \(never\) to 6"],
+  ),
   "adapters": (
     {"lora": {"rank": 2, "train": (r"haed/.*", r"(.*/)?reduce/.*")}},
     [r"config.lora.train: 'haed/\.\*' matches none", "valid are paths such as"],

@@ -63,6 +63,11 @@ class Phase:
     never = optim.frozen(config.optim, whole, not frozen, fixed)
     self.optimizer, self.schedule = optim.make_optimizer(config.optim, whole, total_steps, not frozen, fixed)
     self.frozen = {name for name, there in zip(names, jax.tree.leaves(never), strict=True) if there}
+    if self.mode == "mask" and config.rates.freeze_step > total_steps:
+      raise ValueError(
+        f"config.rates.freeze_step={config.rates.freeze_step} but the run has {total_steps} steps (config.train.steps "
+        f"or epochs), and nothing would be frozen; valid: 0 (never) to {total_steps}"
+      )
     learns = [name for name in names if name not in self.frozen and "rate" not in name.split("/")]
     if 0 < config.rates.freeze_step < total_steps and not learns and not frozen:
       raise ValueError(
