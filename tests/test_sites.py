@@ -57,6 +57,15 @@ def counts(**named):
     (dict(TOPK, r=2), r"sites.s needs exactly one of keep \(share or number of tokens\) and r"),
     (dict(reducer="topk", layers=(1,)), r"sites.s needs exactly one of keep"),
     (dict(TOPK, rate="threshold"), r"sites.s.threshold is missing: the smallest score that stays"),
+    (
+      dict(reducer="stvit", layers=(1,), keep=5, rate="scheduled", schedule=(0, 9)),
+      r"sites.s.rate='scheduled' moves counts, which those of \('stvit',\) cannot; valid: fixed",
+    ),
+    (
+      dict(TOPK, place="before", score="last_attention_ahead"),
+      r"sites.s.reducer='topk' reads last_attention_ahead, which only blocks of stack='llm' have ahead",
+    ),
+    (dict(reducer="hired", layers=(1,), keep=0.5, rate="threshold", threshold=0.1), "sites.s.rate='threshold'"),
     (dict(TOPK, rate="scheduled"), r"sites.s.rate='scheduled' needs one reducer, keep, and schedule="),
     (dict(reducer="topk", layers=(1,), r=2, rate="scheduled", schedule=(0, 9)), r"'scheduled' needs one reducer, keep"),
     (dict(TOPK, rate="scheduled", schedule=5), r"sites.s.schedule=5 must be two numbers, \(first step, last step\)"),
@@ -150,6 +159,15 @@ def test_errors(site, message):
 def test_error_without_cls():
   with pytest.raises(ValueError, match=r"scores by cls_attention, but config.model.pool leaves this model without a"):
     parse(Stack(4, 16, 0, has_cls=False), s=TOPK)
+
+
+def test_tokens_made_anew_have_no_features():
+  made = dict(reducer="recover", layers=(1,), place="before")
+  read = dict(reducer="topk", layers=(1,), place="around", keep=0.5, score="value_norm")
+  with pytest.raises(ValueError, match=r"sites.b.reducer='topk' reads value, which tokens that sites.a has just"):
+    sites.parse(dict(a=made, b=read), STACK)
+  sites.parse(dict(a=made, b=dict(read, place="attn")), STACK)
+  sites.parse(dict(a=made, b=dict(read, score="token_norm")), STACK)
 
 
 def test_error_of_two_sites_at_one_place():

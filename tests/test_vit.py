@@ -145,6 +145,26 @@ def test_gates_learn_how_they_move_a_mean():
   np.testing.assert_allclose(jax.grad(pooled)(gate)[0], [0.0, -1.0, 1.0, 3.0])
 
 
+def test_gates_learn_where_no_patch_is_left():
+  """sum(g x) / 1 then: a finite slope, x."""
+  module = make({"s": dict(reducer="topk", score="key_norm", layers=(1,), keep=6)}, pool="avg", class_token=True)
+  tokens = tk.start(jnp.asarray([7.0, 1.0, 5.0])[None, :, None], num_prefix_tokens=1)
+  pooled = lambda gate: module._pool(tokens.replace(mask=gate), jnp.float32)[0, 0]  # noqa: E731
+  value, slope = jax.value_and_grad(pooled)(jnp.asarray([[1.0, 0.0, 0.0]]))
+  assert value == 0.0
+  np.testing.assert_allclose(slope[0], [0.0, 1.0, 5.0])
+
+
+@pytest.mark.parametrize("place", ["attn", "before"])
+def test_the_last_token_is_the_last_that_lives(place):
+  sites = dict(reducer="topk", score="last_attention", layers=(1, 2), place=place, keep=(12, 7))
+  module = make({"s": sites}, depth=3)
+  variables, x = params(module), images(module)
+  short, full = (apply(module, variables, x, mode=mode) for mode in ("gather", "mask"))
+  np.testing.assert_array_equal(short.tokens.owner, full.tokens.owner)
+  np.testing.assert_allclose(short.logits, full.logits, atol=1e-5)
+
+
 def test_sincos2d_by_hand():
   # width 8: frequencies 1 and 1e-4; columns [sin x, cos x, sin y, cos y], rows row-major over (y, x)
   table = vit.sincos2d((2, 3), 8)[0]

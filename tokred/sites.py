@@ -89,6 +89,7 @@ def parse(sites: Mapping[str, Mapping[str, Any]], stack: Stack) -> Sites:
   walk(stack.depth, at, stack.num_tokens, leave)
   sites = Sites(stack, tuple(spots))
   _check_scopes(sites)
+  _check_made_anew(sites)
   return sites
 
 
@@ -132,6 +133,18 @@ def _check_scopes(sites: Sites) -> None:
         raise ValueError(
           f"sites.{spot.site}.reducer={spot.reducer!r} reads {', '.join(needs)} of block {scope.until}, of which only "
           f"tokens in {where} have it; let it act behind another block, or by a score that needs no features"
+        )
+
+
+def _check_made_anew(sites: Sites) -> None:
+  """Tokens that `recover` has made have no features before attention has seen them."""
+  gap = lambda s: {"before": s.layer, "around": s.layer, "after": s.layer + 1, "output": sites.stack.depth}.get(s.place)  # noqa: E731
+  for index, made in enumerate(sites.spots):
+    for spot in sites.spots[index + 1 :] if made.reducer == "recover" else ():
+      if gap(spot) == gap(made) and (needs := spot.module(parent=None).needed()):
+        raise ValueError(
+          f"sites.{spot.site}.reducer={spot.reducer!r} reads {', '.join(needs)}, which tokens that sites.{made.site} "
+          "has just brought back do not have; let it act behind the next attention, or by a score without features"
         )
 
 
@@ -189,6 +202,8 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(f"{field}.threshold is missing: the smallest score that stays")
   if rate == "scheduled" and not ("schedule" in site and len(names) == 1 and "keep" in site):
     raise ValueError(f"{field}.rate='scheduled' needs one reducer, keep, and schedule=(first step, last step)")
+  if rate == "scheduled" and any(cls.still for cls in classes):
+    raise ValueError(f"{field}.rate='scheduled' moves counts, which those of {names} cannot; valid: fixed")
   if rate == "scheduled" and not _span(site["schedule"]):
     raise ValueError(f"{field}.schedule={site['schedule']!r} must be two numbers, (first step, last step), ascending")
   plans = all(issubclass(cls, base.Planner) for cls in classes)
@@ -266,6 +281,8 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
             f"{field}.reducer={reducer!r} scores by cls_attention, but config.model.pool leaves this model without a "
             f"CLS token; set {field}.score to another score"
           )
+        if need.endswith("_ahead") and stack.name != "llm":
+          raise ValueError(f"{field}.reducer={reducer!r} reads {need}, which only blocks of stack='llm' have ahead")
         if place in ("before", "around") and layer == 0 and not need.endswith("_ahead"):
           raise ValueError(f"{field}.layers has 0, but {reducer!r} reads {need} of the block before; valid: from 1")
   return drafts

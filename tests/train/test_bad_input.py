@@ -103,6 +103,10 @@ MISTAKES = {
     site(rate="threshold", threshold=0.1) | {"loss": {"consistency": 1.0, "less": 2}},
     ["config.loss.less=2", r"\['prune'\] are not fixed"],
   ),
+  "cells": (
+    {"sites": {"s": {"reducer": "stvit", "layers": (0,), "keep": 5}}, "loss": {"consistency": 1.0, "less": 2}},
+    ["config.loss.less=2 sets counts", r"\['s'\] are not fixed"],
+  ),
   "consistency": ({"loss": {"consistency": 1.0}}, ["config.loss.consistency=1.0", "no sites"]),
   "teacher": ({"loss": {"distill_logits": 1.0}}, ["config.loss.distill_logits=1.0", "config.teacher"]),
   "init": ({"init": "nowhere"}, ["nowhere"]),

@@ -220,17 +220,21 @@ def cls_attention(q: Array, k: Array, *, size: Array | None = None, mask: Array 
   return (weight / weight.sum(-1, keepdims=True)).mean(1)
 
 
-def last_attention(q: Array, k: Array, *, last: Array | None = None, size: Array | None = None, **_: Any) -> Array:
+def last_attention(
+  q: Array, k: Array, *, last: Array | None = None, size: Array | None = None, mask: Array | None = None, **_: Any
+) -> Array:
   """The row of one token of the causal map, averaged over heads: (B, N) float32, zero behind it.
 
   Args:
     q: (B, H, N, d).
     k: (B, H, N, d), or of fewer heads.
-    last: (B,) int32, whose row; None: that of the token that stands last.
+    last: (B,) int32, whose row; None: that of the token that stands last, of the living ones.
     size: (B, N) float32 weights of the keys.
+    mask: (B, N), the living first; None: all.
   """
   batch, heads, n, dim = q.shape
-  last = jnp.full(batch, n - 1) if last is None else last
+  if last is None:
+    last = jnp.full(batch, n - 1) if mask is None else jnp.maximum((mask > 0).sum(1) - 1, 0)
   row = jnp.take_along_axis(q, last[:, None, None, None], axis=2)[:, :, 0].reshape(batch, k.shape[1], -1, dim)
   logits = jnp.einsum("bhgd,bhjd->bhgj", row, k, preferred_element_type=jnp.float32) * dim**-0.5
   if size is not None:

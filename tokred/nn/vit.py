@@ -296,7 +296,8 @@ class ViT(nn.Module):
     if tokens.learned:  # the dead teach their gates what they could have said
       weight = jnp.where(tokens.protected, 0.0, tokens.size * tokens.mask)
     total = (weight[..., None] * tokens.visible.astype(jnp.float32)).sum(1)
-    mean = total / jnp.maximum(weight.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    whole = weight.sum(1, keepdims=True)
+    mean = total / jnp.where(whole > 0, whole, 1.0)  # where no patch is left, gates still learn from finite numbers
     return mean if s.pool == "avg" else jnp.concatenate([tokens.x[:, 0].astype(jnp.float32), mean], axis=-1)
 
 

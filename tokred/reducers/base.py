@@ -71,6 +71,7 @@ class Reducer(nn.Module):
   # While training it draws who stays, and reports as "kept_share", (B,), the share of the input's unprotected tokens
   # if keep rates count from these (`from_input`), else of those that arrive.
   decides: ClassVar[bool] = False
+  still: ClassVar[bool] = False  # `keep` is a shape of its own, which nothing may move while training
   packs: ClassVar[bool] = False  # in gather mode images share rows, and nothing else may act in its scope
   recovers: ClassVar[bool] = False  # more tokens may leave than arrive: asks for no count, see `recovered`
   training_only: ClassVar[bool] = False  # an auxiliary head: it leaves the tokens as they are, and freeze drops it

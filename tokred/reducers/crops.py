@@ -51,6 +51,7 @@ class Crops(Planner):
   conserves: ClassVar[bool] = False
   ragged: ClassVar[bool] = True
   idles: ClassVar[bool] = False
+  scored: ClassVar[bool] = False  # it counts by a rule of its own
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "output")
 
   share: float = 0.2  # of all tokens of an image, crops and thumbnail

@@ -44,6 +44,7 @@ class PruMerge(Planner):
   conserves: ClassVar[bool] = False
   ragged: ClassVar[bool] = True
   idles: ClassVar[bool] = False
+  scored: ClassVar[bool] = False  # it counts by a rule of its own
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "output")
 
   score: str = "cls_attention"

@@ -96,13 +96,15 @@ class STViT(Reducer):
 
   conserves: ClassVar[bool] = False  # made by attention, not by averaging
   idles: ClassVar[bool] = False
+  still: ClassVar[bool] = True
   places: ClassVar[tuple[str, ...]] = ("after", "before", "around", "output")
 
-  grid: tuple[int, ...] = ()  # (rows, columns) of the input; (): the largest square that fits.  The rest is prefix
+  grid: tuple[int, ...] = ()  # (rows, columns) of the input; (): a square.  The rest is prefix
   pool: str = "max"  # max, avg
   num_heads: int = 0  # 0: heads of 64 channels
   layer_scale: float = 1e-5
   source: int = 0  # tokens at the input, which the site fills in; 0: as many as there are owners
+  prefix: int = -1  # of these before the grid, likewise; below 0: what the largest square leaves
 
   def count(self, keep: float, n: int, protected: int, source: int) -> int:
     return math.isqrt(math.floor(keep * (n - protected))) ** 2 + protected  # the next square below
@@ -123,12 +125,12 @@ class STViT(Reducer):
   @nn.compact
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
     source, width = self.source or tokens.owner.shape[1], tokens.x.shape[-1]
-    grid = tuple(self.grid) or (math.isqrt(source),) * 2
+    grid = tuple(self.grid) or (math.isqrt(source - max(self.prefix, 0)),) * 2
     prefix = source - grid[0] * grid[1]
     if not isinstance(keep, int):
       raise ValueError(f"keep={keep} must be a Python int: the tokens are a grid of cells")
     side = math.isqrt(max(keep - prefix, 0))
-    if prefix < 0 or side < 1 or prefix + side * side != keep:
+    if prefix < 0 or side < 1 or prefix + side * side != keep or self.prefix not in (-1, prefix):
       raise ValueError(
         f"keep={keep} must be a square and the prefix tokens: {source} tokens at the input are a grid of "
         f"{grid[0]} x {grid[1]} and {prefix} others; set grid or keep"
