@@ -35,7 +35,7 @@ def site(name, layer, **fields):
   """A site of one reducer, at its default place."""
   cls = REGISTRY[name]
   layers = (0, 1, 2, 3) if name == "avit" else (layer,)
-  own = dict(reducer=name, place=cls.places[0], layers=layers)
+  own = dict(reducer=name, place=cls.places[0]) | ({} if cls.places[0] == "output" else dict(layers=layers))
   if cls.idles and "rate" not in fields:
     own["keep"] = KEEP.get(name, 0.6)
   return own | fields
