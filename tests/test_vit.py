@@ -291,7 +291,8 @@ def test_an_update_is_what_the_attention_branch_adds(score):
 @pytest.mark.parametrize("place", ["after", "output"])
 def test_an_update_is_what_the_mlp_branch_adds(score, place):
   """With attention that adds nothing, block 1 moves a token by what its MLP adds; stochastic depth is left out."""
-  module = make({"s": dict(reducer="topk", score=score, layers=(1,), place=place, keep=17)}, drop_path=0.9)
+  where = dict(place=place) if place == "output" else dict(place=place, layers=(1,))
+  module = make({"s": dict(reducer="topk", score=score, keep=17, **where)}, drop_path=0.9)
   variables, x = params(module), images(module)
   variables["params"]["block_1"]["attn"]["proj"] = jax.tree.map(
     jnp.zeros_like, variables["params"]["block_1"]["attn"]["proj"]

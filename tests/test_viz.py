@@ -66,7 +66,7 @@ def test_tokens_that_go_round_blocks_are_back_behind_them(drawn, tmp_path):
   save_survivors(model, IMAGES[:1], tmp_path / "survivors.png")
   titles = [axis.get_title() for axis in drawn[0].axes]
   assert titles == ["image: 7 tokens", "block 0: 6 tokens", "block 1: 4 tokens", "block 2: 6 tokens"]
-  frozen = features(model.inspect(IMAGES), model.params["norm"], 1)  # of every patch
+  frozen = features(model.inspect(IMAGES), model.params["norm"], 1e-6, 1)  # of every patch
   assert all(value.shape == (2, 6, 16) and np.isfinite(value).all() for value in frozen.values())
 
 

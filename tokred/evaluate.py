@@ -90,8 +90,7 @@ def answers(module: VLM, params: Any, batches: Iterable[dict[str, np.ndarray]], 
     mesh: where the batches shall lie; None: the default device.
 
   Returns:
-    accuracy (0 to 1, exact match), loss (mean cross-entropy of an answer's ids), examples, counts (tokens leaving each
-    block of the tower), sites (as in `run`).
+    accuracy (0 to 1, exact match), loss (mean cross-entropy of an answer's ids), examples, sites (as in `run`).
 
   Raises:
     ValueError: there are no examples.

@@ -177,7 +177,7 @@ def _site(name: str, site: dict[str, Any], stack: Stack) -> list[dict[str, Any]]
     raise ValueError(f"{field}.layers is missing; valid: a tuple of block numbers from 0 to {stack.depth - 1}")
   layers = tuple(layers) if isinstance(layers, (tuple, list, range)) else (layers,)
   if place == "output":
-    if layers not in ((), (-1,)):
+    if layers not in ((), (-1,)) and stack.name != "llm":  # which has no such place
       raise ValueError(f"{field}.layers={layers}, but place='output' is behind all blocks; drop the field")
     layers = (-1,)
   if list(layers) != sorted(layers) or not layers:

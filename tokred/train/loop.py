@@ -23,7 +23,7 @@ from tokred import checkpoint, evaluate, loading, lora, pretrained, rates, run_d
 from tokred import data as tokred_data
 from tokred.config import complete
 from tokred.files import write_json
-from tokred.model import Model, freeze, init
+from tokred.model import Model, build, freeze, init
 from tokred.train import signals
 from tokred.train.alarms import Alarms
 from tokred.train.log import MetricLog
@@ -64,6 +64,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     with config.unlocked():  # ids mean what they meant where the weights come from
       config.text.tokenizer = str(words)
   check(config)
+  build(config)  # mistakes in the model and its sites are told before data are read
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, mesh, config.train.accumulate)
   batches, eval_batches = _data(config)
