@@ -84,7 +84,12 @@ class Reduce(nn.Module):
     reports = {}
     for spot in self.spots:
       if spot.place == place:
-        tokens, report = Step(spot, name=spot.child)(tokens, keeps, train=train, mode=mode)
+        try:
+          tokens, report = Step(spot, name=spot.child)(tokens, keeps, train=train, mode=mode)
+        except ValueError as error:  # what depends on shapes shows only here, and a reducer does not know its site
+          if str(error).startswith("sites."):
+            raise
+          raise ValueError(f"sites.{spot.site}, layer {spot.layer}: {error}") from error
         report |= {"alive": _alive(tokens, spot)}
         for name, value in report.items():
           if name == "plan" and place != "ahead":
