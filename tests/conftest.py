@@ -24,12 +24,12 @@ gc.set_threshold(50_000, 50, 100)  # tracing makes objects by the million and ha
 
 # What `make fast` leaves out: more than 20 s of compiling, or many processes.
 SLOW = (
-  "test_alarms", "test_bad_input", "test_calibrate", "test_cli", "test_configs", "test_criteria", "test_demo",
-  "test_export", "test_export_formats",
+  "test_alarms", "test_bad_input", "test_calibrate", "test_clca", "test_cli", "test_configs", "test_criteria",
+  "test_demo", "test_export", "test_export_formats",
   "test_finetune", "test_foreign", "test_fusion", "test_generate", "test_golden", "test_kills", "test_laws",
   "test_llm_sites", "test_loading", "test_loop", "test_mctf", "test_model", "test_notebook",
   "test_onnx", "test_pairs", "test_pipeline", "test_readme",
-  "test_recover", "test_routing", "test_selectors", "test_slots", "test_spa",
+  "test_recover", "test_router_gates", "test_routing", "test_selectors", "test_slots", "test_spa", "test_stvit",
   "test_sweep", "test_two_processes",
   "test_anyres", "test_arank", "test_bench_vlm", "test_conversations", "test_every_reducer", "test_export_vlm",
   "test_learned_cuts",
@@ -41,6 +41,7 @@ SLOW = (
 # The longest files first: a worker takes a file at a time, and the last one should not wait for a long one.
 FIRST = (
   "test_laws", "test_kills", "test_loop", "test_golden", "test_pairs", "test_configs", "test_export", "test_routing",
+  "test_training", "test_two_processes", "test_clca", "test_stvit", "test_cli",
 )  # fmt: skip
 
 
