@@ -171,8 +171,8 @@ def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
     raise ValueError(f"config.train.mode='gather' has static counts, but those of sites {scheduled} move")
   if config.rates.freeze_step and scheduled:
     raise ValueError(f"config.rates.freeze_step={config.rates.freeze_step}, but the counts of sites {scheduled} move")
-  moving = sorted({spot.site for spot in spots if spot.rate != "fixed" or spot.type.packs or spot.type.ragged})
-  moving = sorted({*moving, *(spot.site for spot in spots if spot.type.still)})
+  unset = lambda spot: spot.rate != "fixed" or spot.type.packs or spot.type.ragged or spot.type.still  # noqa: E731
+  moving = sorted({spot.site for spot in spots if unset(spot)})
   if config.loss.less >= 0 and moving:
     raise ValueError(
       f"config.loss.less={config.loss.less} sets counts, but those of sites {moving} are not fixed; set it to -1"
