@@ -11,6 +11,7 @@ ROOMS = [  # from the bottom; a room may import those below it, not its neighbou
   {"rates", "cost"},
   {"reducers"},
   {"layout"},
+  {"drafts"},
   {"sites"},
   {"nn"},
   {"arank", "losses", "sharding", "checkpoint", "run_dir", "model"},

@@ -56,6 +56,14 @@ def test_avit_with_a_capacity_cuts_who_has_halted_most():
   assert outs["gather"].tokens.x.shape[1] == 10
 
 
+def test_avit_cuts_nothing_behind_the_last_block():
+  # 17 tokens, of which 10 go on behind the first block; the 5 of the last one would be cut where outputs are complete.
+  halt = dict(reducer="avit", layers=(0, 1, 2, 3), scale=0.0, center=0.0, keep=(10, 10, 10, 5))
+  module, params, images = small(dict(halt=halt))
+  assert jax.eval_shape(lambda: module.apply({"params": params}, images)).tokens.x.shape[1] == 10
+  assert module.sites.counts() == (10, 10, 10, 10)
+
+
 def test_halting_prior_by_hand():
   # Mean halting 0.2 and 0.6 are q = (1/4, 3/4); around block 1 the prior is (e^-1/2, 1) times 0.98 e^1/2, for the one
   # block before it has 0.98: p = (.98, .98 e^1/2 = 1.615747).  A token that has halted does not count.

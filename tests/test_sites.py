@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tokred.reducers  # noqa: F401 (registers)
-from tokred import schedules, sites
+from tokred import drafts, schedules, sites
 from tokred.config import complete
 from tokred.layout import Stack
 from tokred.nn import reduce, vit
@@ -81,6 +81,10 @@ def counts(**named):
     (
       dict(DYT, temperature=4.0, anneal=(("temperature", 4.0, 1.0, 0, 9),)),
       r"sites.s.temperature=4.0, but sites.s.anneal ends at 1.0, which is what ships; valid: 1.0, or without",
+    ),
+    (
+      dict(DYT, anneal=(("temperature", 4.0, 1.0, 0, 9), ("temperature", 3.0, 1.0, 9, 19))),
+      r"sites.s.anneal=.* moves 'temperature' twice; valid: one entry an option",
     ),
     (dict(reducer="router", layers=(1,), rate="learned"), r"'learned' is not available at place='around'; valid: b"),
     (
@@ -220,6 +224,7 @@ def test_counts_by_hand():
   assert counts(s=dict(reducer="tome", layers=(0, 1, 2), r=(5, 2))) == (12, 10, 10, 10)  # a short list goes on with 0
   assert counts(s=dict(reducer="tome", layers=(0, 1, 2), r=(2, -1.0))) == (13, 11, 11, 11)  # 4, 2, 0
   assert counts(s=dict(reducer="gumbel", layers=(1, 2), keep=(0.7, 0.49))) == (17, 12, 8, 8)  # int(16 rho) + 1
+  assert counts(s=dict(reducer="gumbel", layers=(1, 2), r=2)) == (17, 15, 13, 13)
   assert counts(s=dict(reducer="router", layers=(1, 3), keep=0.25)) == (17,) * 4  # they come back
   assert counts(s=dict(TOPK, layers=(), place="output", keep=5)) == (17,) * 4
   assert counts(s=dict(reducer="topk", layers=(1, 2), rate="learned")) == (17,) * 4
@@ -346,4 +351,4 @@ def test_a_learned_rate_does_not_gather():
 
 def test_no_option_of_a_reducer_has_the_name_of_a_field_of_a_site():
   for name, cls in base.REGISTRY.items():
-    assert not ({field.name for field in dataclasses.fields(cls)} - sites.PLACED) & set(sites.FIELDS), name
+    assert not ({field.name for field in dataclasses.fields(cls)} - drafts.PLACED) & set(drafts.FIELDS), name

@@ -211,6 +211,10 @@ def test_masked_is_gathered_and_garbage_is_inert(name):
       dict(stack="llm", reducer="tome", layers=(1,), keep=0.5),
       r"sites.s.reducer='tome' is not available in the llm; v",
     ),
+    (
+      dict(stack="llm", reducer="topk", layers=(2,), place="before", score="token_norm", rate="learned", granularity=2),
+      r"sites.s.granularity=2 is of counts, but an llm learns shares; drop the field",
+    ),
     (dict(FASTV, proportional=True), r"sites.s.proportional=True is not available in the llm; valid: False"),
   ],
 )

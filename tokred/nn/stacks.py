@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokred.config import nearest
-from tokred.sites import POSITIONS
+from tokred.drafts import POSITIONS
 
 STACKS = ("encoder", "llm")
 TOWER_POSITIONS = (*POSITIONS, "virtual")  # virtual: a merged token at all of its places (DyMU)

@@ -36,6 +36,9 @@ class AViT(Reducer):
   center: float = 30.0
   eps: float = 0.01
 
+  def leaving(self, keep: int, n: int) -> int:
+    return n if self.layer == self.depth - 1 else keep  # where the outputs are complete nothing goes
+
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
     x, feats, running = tokens.x.astype(jnp.float32), tokens.feats, tokens.mask.astype(jnp.float32)
     zeros = jnp.zeros_like(running)

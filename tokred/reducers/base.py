@@ -113,6 +113,11 @@ class Reducer(nn.Module):
     del n
     return max(protected, 1)
 
+  def leaving(self, keep: int, n: int) -> int:
+    """Tokens that leave where `keep` of n should: all n, where the method cuts nothing whatever it is told."""
+    del n
+    return keep
+
   def left(self, removed: int, n: int, protected: int) -> int:
     """Tokens out where `removed` should go: r is clipped to what the method can take."""
     return max(n - removed, self.fewest(n, protected))

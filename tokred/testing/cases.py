@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokred import config as config_lib
+from tokred.drafts import PLACED
 from tokred.nn import attention, vit
 from tokred.reducers import base
-from tokred.sites import PLACED
 from tokred.tokens import Array, Plan, Tokens, bypass, follow
 
 BATCH, NUM, WIDTH, HEADS = 8, 17, 16, 2  # of the tokens; the micro ViT has sizes of its own
