@@ -71,6 +71,11 @@ def counts(**named):
     (dict(TOPK, rate="scheduled", schedule=5), r"sites.s.schedule=5 must be two numbers, \(first step, last step\)"),
     (dict(TOPK, rate="scheduled", schedule=("0", 9)), r"sites.s.schedule=\('0', 9\) must be two numbers"),
     (dict(TOPK, rate="scheduled", schedule=(9, 0)), r"sites.s.schedule=\(9, 0\) must be two numbers, .*, ascending"),
+    (
+      dict(reducer="sit_reverse", layers=(1,), keep=0.7),
+      r"sites.s.keep=0.7, but \('sit_reverse',\) takes no token away; drop the field",
+    ),
+    (dict(reducer="recover", place="output", r=2), r"sites.s.r=2, but \('recover',\) takes no token away; drop the f"),
     (dict(reducer="avit", layers=(1, 3)), r"sites.s.layers=\(1, 3\), but \('avit',\) acts in every block; valid: r"),
     (dict(DYT, anneal=5), r"sites.s.anneal=5 must hold \(option, from, to, first step, last step\), values above 0"),
     (dict(DYT, anneal=("temperature", 4.0, 1.0, 0, 9)), r"sites.s.anneal=\('temperature', .* must hold \(option"),

@@ -41,8 +41,8 @@ def of_site(name: str, site: Mapping[str, Any], stack: Stack) -> list[dict[str, 
   place = _place(field, site, names, classes)
   layers = _layers(field, site, place, names, classes, stack)
   rate = _rate(field, site, place, names, classes)
-  site = _told(site, rate, classes)
-  _check_counts(field, site, rate, names, classes)
+  site = _told(field, site, rate, names, classes)
+  _check_counts(field, site, rate, names)
   until = _until(field, site, place, layers, stack)
   position, whole = _llm(field, site, names, classes, stack)
   anneal = _anneal(field, site, names, classes)
@@ -145,15 +145,19 @@ def _rate(field: str, site: Mapping[str, Any], place: str, names: tuple[str, ...
   return rate
 
 
-def _told(site: Mapping[str, Any], rate: str, classes: Classes) -> dict[str, Any]:
+def _told(field: str, site: Mapping[str, Any], rate: str, names: tuple[str, ...], classes: Classes) -> dict[str, Any]:
   """The site with keep=1.0 where nobody says how many, and nobody needs to."""
+  if all(cls.recovers or cls.training_only for cls in classes):
+    for key in ("keep", "r"):
+      if key in site:
+        raise ValueError(f"{field}.{key}={site[key]!r}, but {names} takes no token away; drop the field")
   open_ended = rate == "learned_threshold" or not any(cls.idles for cls in classes)
   if not open_ended or "r" in site:
     return dict(site)
   return {"keep": 1.0 if len(classes) == 1 else (1.0,) * len(classes), **site}
 
 
-def _check_counts(field: str, site: Mapping[str, Any], rate: str, names: tuple[str, ...], classes: Classes) -> None:
+def _check_counts(field: str, site: Mapping[str, Any], rate: str, names: tuple[str, ...]) -> None:
   """The fields that a rate cannot do without."""
   if rate != "learned" and ("keep" in site) == ("r" in site):
     raise ValueError(f"{field} needs exactly one of keep (share or number of tokens) and r (tokens removed)")

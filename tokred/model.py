@@ -255,7 +255,7 @@ def freeze(model: Model) -> Model:
   for spot, count in zip(spots, _frozen_counts(model), strict=True):
     kept[spot.site].append(count)
   config = model.config.to_dict()
-  for name in {spot.site for spot in spots[learned[0] :]}:
+  for name in {spot.site for spot in spots[learned[0] :] if not spot.type.recovers}:
     site = config["sites"][name]
     gone = ("r", "granularity", "initial", "softness")
     gone += () if site.get("rate") == "threshold" else ("rate", "schedule")
