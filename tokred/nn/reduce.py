@@ -1,6 +1,7 @@
 """Carries out what `config.sites` asks for: the reducers of a block, and how many tokens each is told to keep."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -19,53 +20,59 @@ class Step(nn.Module):
   def __call__(
     self, tokens: Tokens, keeps: Mapping[str, Array] | None, *, train: bool, mode: str
   ) -> tuple[Tokens, dict[str, Array]]:
-    spot = self.spot
+    spot, keeps = self.spot, keeps or {}
     if spot.type.training_only and not (train or self.is_initializing()):
       return tokens, {"count": jnp.asarray(tokens.x.shape[1], jnp.float32)}
-    keeps = {} if keeps is None else keeps
     options = {option: keeps[key] for option, *_ in spot.anneal if (key := f"{spot.site}.{option}") in keeps}
     reducer = spot.module(**options, name=spot.reducer)
-    keep = spot.keep
-    if spot.site in keeps:
-      keep = keeps[spot.site][spot.index]
+    told = keeps[spot.site][spot.index] if spot.site in keeps else None
     if spot.rate == "learned":
-      if mode == "gather":
-        raise ValueError(
-          f"sites.{spot.site}.rate='learned' has no integer counts yet: call tokred.freeze(model), or use mode='mask'"
-        )
-      if isinstance(keep, rates.Shares):
-        count, survival, share = rates.LearnedShare(rates.SHARES, name="rate")(keep, tokens.x.shape[1])
-        rows = rates.Rows(count, tokens.x.shape[1])
-        tokens, report = reducer(tokens, rows, train=train, mode=mode, survival=survival if train else None)
-        return tokens, report | {"count": count.astype(jnp.float32).mean(), "share": share}
-      n = tokens.x.shape[1]
-      initial = max(spot.initial - spot.protected, 0)
-      count, survival = rates.Learned(spot.candidates, spot.protected, initial, name="rate")(n)
-      fewest = jnp.asarray([reducer.fewest(arriving, spot.protected) for arriving in range(n + 1)], jnp.float32)
-      count = jnp.maximum(count, fewest[tokens.alive.sum(1)])  # (B,): less is not to be had, and no loss asks for it
-      tokens, report = reducer(
-        tokens, count.astype(jnp.int32), train=train, mode=mode, survival=survival if train else None
-      )
-      return tokens, report | {"count": count.mean()}
-    if spot.rate == "threshold" and not isinstance(keep, rates.Threshold):
-      keep = rates.Threshold(spot.threshold, spot.keep)
-    if spot.rate == "learned_threshold":
-      keep = rates.LearnedThreshold(spot.threshold, spot.softness, spot.keep, name="rate")
-    if mode == "gather" and spot.idle and spot.site not in keeps and not self.is_initializing():
-      return tokens, {"count": jnp.asarray(keep, jnp.float32)}  # nothing is ranked, matched or moved
+      keep, survival, report = self._learned(reducer, told, tokens, mode)
+      tokens, own = reducer(tokens, keep, train=train, mode=mode, survival=survival if train else None)
+      return tokens, own | report
+    if mode == "gather" and spot.idle and told is None and not self.is_initializing():
+      return tokens, {"count": jnp.asarray(spot.keep, jnp.float32)}  # nothing is ranked, matched or moved
+    keep = self._keep(told)
     arrived = tokens
     tokens, report = reducer(arrived, keep, train=train, mode=mode)
     if "kept_share" in report and spot.rate == "scheduled":  # what `spot.wanted` is while the count moves
       free = at_first(arrived) if spot.type.from_input else (arrived.alive & ~arrived.protected).sum(1)
       share = (keep - spot.protected) / jnp.maximum(free, 1)
       report |= {"wanted_share": jnp.minimum(share.mean(), 1.0)}
-    if "count" in report:
-      return tokens, report
+    return tokens, report if "count" in report else report | {"count": self._count(keep, tokens, report)}
+
+  def _learned(self, reducer: nn.Module, told: Any, tokens: Tokens, mode: str) -> tuple[Any, Array, dict[str, Array]]:
+    """Counts of a learned rate, its view of each rank, and what it reports."""
+    spot, n = self.spot, tokens.x.shape[1]
+    if mode == "gather":
+      raise ValueError(
+        f"sites.{spot.site}.rate='learned' has no integer counts yet: call tokred.freeze(model), or use mode='mask'"
+      )
+    if isinstance(told, rates.Shares):
+      count, survival, share = rates.LearnedShare(rates.SHARES, name="rate")(told, n)
+      return rates.Rows(count, n), survival, {"count": count.astype(jnp.float32).mean(), "share": share}
+    initial = max(spot.initial - spot.protected, 0)
+    count, survival = rates.Learned(spot.candidates, spot.protected, initial, name="rate")(n)
+    fewest = jnp.asarray([reducer.fewest(arriving, spot.protected) for arriving in range(n + 1)], jnp.float32)
+    count = jnp.maximum(count, fewest[tokens.alive.sum(1)])  # (B,): less is not to be had, and no loss asks for it
+    return count.astype(jnp.int32), survival, {"count": count.mean()}
+
+  def _keep(self, told: Any) -> Any:
+    """What the reducer is told, by all rates but the learned one."""
+    spot, keep = self.spot, self.spot.keep if told is None else told
+    if spot.rate == "learned_threshold":
+      return rates.LearnedThreshold(spot.threshold, spot.softness, spot.keep, name="rate")
+    if spot.rate == "threshold" and not isinstance(keep, rates.Threshold):
+      return rates.Threshold(spot.threshold, spot.keep)
+    return keep
+
+  def _count(self, keep: Any, tokens: Tokens, report: Mapping[str, Array]) -> Array:
+    """Tokens that are left of an image, in the mean of the batch."""
     if isinstance(keep, rates.Rows):
-      return tokens, report | {"count": keep.count.astype(jnp.float32).mean()}
-    static = spot.rate != "threshold" and "kept_share" not in report and not spot.type.ragged
-    count = jnp.asarray(keep, jnp.float32) if static else tokens.mask.astype(jnp.float32).sum(1).mean() / tokens.images
-    return tokens, report | {"count": count}
+      return keep.count.astype(jnp.float32).mean()
+    if self.spot.rate != "threshold" and "kept_share" not in report and not self.spot.type.ragged:
+      return jnp.asarray(keep, jnp.float32)
+    return tokens.mask.astype(jnp.float32).sum(1).mean() / tokens.images
 
 
 class Reduce(nn.Module):
