@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(model, Model):
       model = freeze(model)
     config = model.config
+    if config.model.name == "vlm":
+      raise ValueError(f"{flags.model} is a vision-language model: it answers questions, by eval.py or model.write")
     pixels = np.stack([read_image(path, config) for path in flags.images])
     answers = predict(model, pixels)
     for path, answer in zip(flags.images, answers, strict=True):

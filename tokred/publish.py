@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tokred import bench, export
@@ -59,5 +60,6 @@ def language(models: Sequence[Model], output: str, *, batch_size: int = 1, **opt
   """
   asked, images = prompts(models[0], batch_size), models[0].config.text.images
   kinds = dict(prompt_length=asked["ids"].shape[1], prompts=asked, images=images, batch_size=batch_size)
-  card = save_generation(models, output, **kinds, **options)
+  words = models[0].config.text.tokenizer
+  card = save_generation(models, output, words=words if Path(words).is_file() else None, **kinds, **options)
   return f"image tokens {card['counts']}: greedy tokens on real prompts are the same from a fresh process"

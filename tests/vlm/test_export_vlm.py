@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import tokred
+from tokred import predict
+from tokred.data.tokenizers import WordTokenizer
 from tokred.export import ExportError, check
 from tokred.export.generation import open_generation, save_generation
 from tokred.model import build
@@ -47,9 +49,10 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  path = tmp_path_factory.mktemp("export") / "vlm"
-  save_generation(model(), path, **SIZES, prompts=prompts())
-  return path
+  path = tmp_path_factory.mktemp("export")
+  WordTokenizer(["what", "colour"]).write(path / "learned.json")
+  save_generation(model(), path / "vlm", **SIZES, prompts=prompts(), words=path / "learned.json")
+  return path / "vlm"
 
 
 def test_what_is_shipped_writes_as_the_model(folder):
@@ -57,6 +60,7 @@ def test_what_is_shipped_writes_as_the_model(folder):
   p, found = prompts(), open_generation(folder)
   whole = found.write(**p)
   assert whole.shape == (2, 5) and found.card["counts"] == [8]
+  assert WordTokenizer.read(folder / "words.json").words[-2:] == ("what", "colour")
   alone = found.write(p["ids"][1:], p["images"][1:], max_new_tokens=3)
   np.testing.assert_array_equal(alone, whole[1:, :3])
   stop = int(whole[0, 1])
@@ -90,6 +94,14 @@ def test_bad_prompts(folder):
   }.items():
     with pytest.raises(ValueError, match=message):
       found.write(**p | changed)
+
+
+def test_classes_of_a_model_that_answers(monkeypatch):
+  monkeypatch.setattr(predict, "load", lambda path: model())
+  with pytest.raises(
+    SystemExit, match=r"tokred.predict: run is a vision-language model: it answers questions, by eval"
+  ):
+    predict.main(["--model=run", "cat.jpg"])
 
 
 def test_bad_exports(folder, tmp_path):

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokred import files
+from tokred import files, run_dir
 
 CARD, README = "tokred.json", "README.md"
 LANGUAGE_CARD = "generation.json"  # of a vision-language model, whose functions lie in a folder for each count
 VERSION = 2  # of the folder's layout; 1 had no safetensors, ONNX, preprocessing or README
 PARAMS, WEIGHTS, FUNCTION, GRAPH = "params", "model.safetensors", "model.stablehlo", "model.onnx"
 GRAPH_DATA = "model.onnx.data"  # weights of graphs beyond what one file of protobuf holds
-OURS = {CARD, LANGUAGE_CARD, README, PARAMS, WEIGHTS, FUNCTION, GRAPH, GRAPH_DATA, files.MANIFEST}
+OURS = {CARD, LANGUAGE_CARD, README, PARAMS, WEIGHTS, FUNCTION, GRAPH, GRAPH_DATA, files.MANIFEST, run_dir.WORDS}
 FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")
 
 

@@ -9,12 +9,13 @@ arguments:
 
 All shapes are fixed: prompts are padded, and every row shows as many images as were told.  `open_generation` runs them
 without the model's code; `python -m tokred.export.generation DIRECTORY FILE.npz` does so in a process of its own,
-and prints the tokens by count as JSON.
+and prints the tokens by count as JSON.  `words.json` is the tokenizer of a model that learned its words from its data.
 """
 
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from jax import export as jax_export
 from safetensors.numpy import load_file, save_file
 
 import tokred
-from tokred import files
+from tokred import files, run_dir
 from tokred.export.folder import LANGUAGE_CARD as CARD
 from tokred.export.folder import WEIGHTS, ExportError, check_replaceable, replacing
 from tokred.export.functions import PLATFORMS
@@ -50,6 +51,7 @@ def save_generation(
   batch_size: int = 1,
   platforms: Sequence[str] | None = None,
   prompts: dict[str, np.ndarray] | None = None,
+  words: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
   """Freezes and writes a model at the counts of image tokens that its variants have.
 
@@ -63,6 +65,7 @@ def save_generation(
     platforms: of "cpu", "cuda", "rocm", "tpu"; None: this one.
     prompts: ids (batch, tokens) and images to compare greedy tokens with, in a fresh process, before the folder takes
       its name; also mask, if not all ids are there.
+    words: file of `data.tokenizers.WordTokenizer` that the ids come from; the folder gets a copy.
 
   Returns:
     The card: what the file generation.json says.
@@ -94,6 +97,8 @@ def save_generation(
         (temporary / str(count) / f"{name}.stablehlo").write_bytes(function)
     card = json.loads(json.dumps(card, default=list))
     files.write_json(temporary / CARD, card)
+    if words is not None:
+      shutil.copyfile(words, temporary / run_dir.WORDS)
     files.write_manifest(temporary)
     if prompts is not None:
       write = lambda model: model.write(prompts["ids"], prompts["images"], prompts.get("mask"), max_new_tokens)  # noqa: E731
