@@ -121,7 +121,7 @@ def gathers(x):
 def loops(x):
   total, rows = lax.scan(lambda c, y: (c + y, c * 2), x[:, 0], x.swapaxes(0, 1), reverse=True)
   window = lax.fori_loop(0, 2, lambda i, c: c + lax.dynamic_slice_in_dim(x, i + 1, 3, axis=1), x[:, :3])
-  return total, rows, window
+  return total, rows, window, lax.fori_loop(0, 0, lambda i, c: c + 1, x * 2)
 
 
 def orders(x):

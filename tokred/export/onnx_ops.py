@@ -92,6 +92,8 @@ def _scan(graph: Graph, equation: Any, inputs: Sequence[Value]) -> list[str]:
   else:
     at, to = p["num_consts"], p["num_consts"] + p["num_carry"]
     consts, carry, rows = list(inputs[:at]), list(inputs[at:to]), list(inputs[to:])
+  if not p["length"] and len(equation.outvars) == len(carry):  # no turn at all, which a Scan cannot have
+    return [graph.full(value) for value in carry]
   counter = not rows
   rows = rows or [literal(np.arange(p["length"], dtype=np.int32))]
   named = lambda value, shape: Value(shape, value.dtype, shape, graph.name("state"))  # noqa: E731
