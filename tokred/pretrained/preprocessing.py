@@ -1,6 +1,7 @@
 """How images are to be prepared: preprocessor_config.json as fields of config.data."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+BILINEAR = r"$|ViT|DINOv3|Siglip2"  # processors that resample so where their file is silent; the others are bicubic
 FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -43,10 +45,15 @@ def preprocessing(directory: Path, image_size: tuple[int, int], mean_std: tuple[
   if abs(factor - 1) > 1e-6:  # (f x / 255 - m) / s, as tokred takes x / 255
     mean, std = (tuple(value / factor for value in values) for values in (mean, std))
   out = dict(mean=mean, std=std)
-  resample = p.get("resample", 2)
+  resample = p.get("resample", 2 if re.match(BILINEAR, _kind(p)) else 3)
   if resample not in RESAMPLING:
     raise ValueError(f"{file}: resample={resample!r}; valid: {', '.join(f'{n} ({w})' for n, w in RESAMPLING.items())}")
   return out | dict(resize=RESAMPLING[resample], crop_fraction=_crop_fraction(p, image_size))
+
+
+def _kind(p: Mapping[str, Any]) -> str:
+  """The class of the processor, in older files that of the feature extractor; "" where the file does not tell."""
+  return str(p.get("image_processor_type") or p.get("feature_extractor_type") or "")
 
 
 def _crop_fraction(p: Mapping[str, Any], image_size: tuple[int, int]) -> float:
