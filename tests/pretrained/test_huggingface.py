@@ -200,6 +200,9 @@ def test_dtypes_that_are_read(dtype, tmp_path):
     (dict(rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3, size=12),
      dict(mean=(0.5,) * 3, std=(0.5,) * 3)),
     (dict(image_processor=dict(image_mean=[0.7] * 3, size=dict(shortest_edge=12))), dict(mean=(0.7,) * 3)),
+    # one number: a square to some, the shorter side to others
+    (dict(feature_extractor_type="ViTFeatureExtractor", size=12), dict(crop_fraction=0.0)),
+    (dict(feature_extractor_type="CLIPFeatureExtractor", size=16, crop_size=12), dict(crop_fraction=0.75)),
     # what each processor does where its file is silent
     (dict(image_processor_type="Qwen2VLImageProcessor"), dict(resize="bicubic")),
     (dict(image_processor_type="CLIPImageProcessorFast"), dict(resize="bicubic")),

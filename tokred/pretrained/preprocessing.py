@@ -11,6 +11,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 BILINEAR = r"$|ViT|DINOv3|Siglip2"  # processors that resample so where their file is silent; the others are bicubic
+SQUEEZING = r"ViT|DINOv3|DeiT"  # those to whom a size of one number is a square, not the shorter side
 FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -57,9 +58,13 @@ def _kind(p: Mapping[str, Any]) -> str:
 
 
 def _crop_fraction(p: Mapping[str, Any], image_size: tuple[int, int]) -> float:
-  """Share of the resized image's shorter side that is kept; 0 where the whole image is squeezed."""
+  """Share of the resized image's shorter side that is kept; 0 where the whole image is squeezed.
+
+  Where DeiT's class squeezes and then cuts, the sides keep their ratio here, as in its authors' evaluation.
+  """
   size = p.get("size") or {}
-  size = {"shortest_edge": size} if isinstance(size, int) else size
+  if isinstance(size, int):
+    size = {"height" if re.match(SQUEEZING, _kind(p)) else "shortest_edge": size}
   crop = p.get("crop_size") or {}
   crop = crop if isinstance(crop, int) else crop.get("height") or crop.get("shortest_edge")
   if not p.get("do_center_crop", bool(crop)):
