@@ -109,6 +109,18 @@ def test_config(fields, message, vit):
   assert message in refused(vit)
 
 
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    (dict(resample=4), "resample=4; valid: 0 (nearest), 1 (lanczos), 2 (bilinear), 3 (bicubic)"),
+    (dict(image_processor_type="LlavaImageProcessorFast", do_pad=True), "do_pad=true makes pictures square"),
+  ],
+)
+def test_preprocessing(fields, message, vit):
+  (vit / "preprocessor_config.json").write_text(json.dumps(fields))
+  assert f"{vit / 'preprocessor_config.json'}: {message}" in refused(vit)
+
+
 def test_an_image_that_is_no_multiple_of_the_patch(tmp_path):
   theirs.write(tmp_path, "siglip", FIELDS | dict(image_size=14))
   with pytest.warns(

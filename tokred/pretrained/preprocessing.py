@@ -25,7 +25,7 @@ def preprocessing(directory: Path, image_size: tuple[int, int], mean_std: tuple[
     mean_std: of the family, where the file is silent.
 
   Raises:
-    ValueError: a damaged file, or a way of resampling that tokred does not have.
+    ValueError: a damaged file, or a way of resampling or of padding that tokred does not have.
   """
   file = next((directory / name for name in FILES if (directory / name).is_file()), None)
   mean, std = mean_std
@@ -38,6 +38,8 @@ def preprocessing(directory: Path, image_size: tuple[int, int], mean_std: tuple[
       raise ValueError("not a dict")
   except (ValueError, AttributeError) as error:
     raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
+  if p.get("do_pad") and _kind(p).startswith("LlavaImage"):  # LLaVA-NeXT's do_pad is about batches
+    raise ValueError(f"{file}: do_pad=true makes pictures square with a margin, which tokred does not do; valid: false")
   if p.get("do_normalize", True):
     mean, std = (tuple(p.get(f"image_{name}") or known) for name, known in (("mean", mean), ("std", std)))
   else:
