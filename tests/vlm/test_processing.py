@@ -46,6 +46,13 @@ def test_placeholders_by_hand():
   np.testing.assert_allclose(made[3, 3], (1 - np.array(CLIP[0])) / CLIP[1], rtol=1e-6)
 
 
+def test_a_cut_is_rounded_down():
+  """31 rows for 28: one and a half go above, and transformers drops one."""
+  image = np.broadcast_to(np.arange(31, dtype=np.uint8)[:, None, None], (31, 28, 3))
+  (made,) = processor(SMALL)([[9]], [[image]])["images"][0]
+  np.testing.assert_allclose(made[:, 0, 0], (np.arange(1, 29) / 255 - CLIP[0][0]) / CLIP[1][0], rtol=1e-5)
+
+
 def test_crops_and_frames_have_as_many_tokens_as_placeholders():
   images = [[picture(40, 80)], [picture(90, 30), picture(56, 56)]]
   ids = [[1, 9, 2], [9, 3, 9]]
@@ -133,7 +140,7 @@ def test_live_against_their_processors(name, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(config))
   save_file({"lm_head.weight": np.zeros((1, 1), np.float32)}, tmp_path / "model.safetensors")
   ours = open_processor(tmp_path)
-  for number, size in enumerate([(60, 95), (120, 33), (71, 70), (30, 200)]):
+  for number, size in enumerate([(60, 95), (120, 33), (71, 70), (30, 200), (122, 33)]):
     image = picture(*size, number)
     wanted = theirs(images=[image], return_tensors="np", input_data_format="channels_last")
     got = ours([[9]], [[image]])
