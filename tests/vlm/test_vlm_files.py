@@ -218,6 +218,12 @@ def test_configs_that_cannot_be_read(config, message):
   assert read_vlm(TINY).model["depth"] == 2 and "llava" in KINDS
 
 
+def test_a_tower_of_qwen_turns_by_its_own_theta():
+  assert read_vlm(QWEN).tower.theta == 1e4
+  own = QWEN["vision_config"] | dict(rope_parameters=dict(rope_type="axial", rope_theta=50.0))
+  assert read_vlm(QWEN | dict(vision_config=own)).tower.theta == 50.0
+
+
 def test_directories_that_cannot_be_read(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"has no config.json; valid: a directory in the layout of transformers"):
     open_vlm(tmp_path)

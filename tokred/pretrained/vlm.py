@@ -241,6 +241,7 @@ def _read_qwen(config: Mapping[str, Any], kind: str, text: Shape, where: str) ->
     num_heads=c["num_heads"], patch=c["patch_size"], temporal=c["temporal_patch_size"],
     channels=c.get("in_chans", c["in_channels"]), merge=c["spatial_merge_size"], window=window,
     full=() if old else tuple(c["fullatt_block_indexes"]), gated=not old, activation=ACTIVATIONS[c["hidden_act"]],
+    theta=float((c.get("rope_parameters") or {}).get("rope_theta", 10_000.0)),
   )  # fmt: skip
   token, video = config.get("image_token_id", 151655), config.get("video_token_id", 151656)
   rate = 0.0 if old else float(c["tokens_per_second"])
