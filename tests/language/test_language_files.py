@@ -103,6 +103,14 @@ def test_configs_that_cannot_be_read(fields, message):
     read_shape(CONFIG | fields)
 
 
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_either_config_of_a_vlm_ties_the_head(kind):
+  for whole, text, tied in ((True, False, True), (False, True, True), (False, False, False), (True, None, True)):
+    own = CONFIG | dict(model_type="qwen2", tie_word_embeddings=text)
+    own = {name: value for name, value in own.items() if value is not None}
+    assert read_shape(dict(model_type=kind, tie_word_embeddings=whole, text_config=own)).tied == tied
+
+
 def test_silent_fields_are_those_of_the_family():
   """LLaVA-1.5-7B names little of its Llama; old files of Qwen2.5-VL have no text_config; Llama 3 stretches RoPE."""
   llava = read_shape(

@@ -125,8 +125,8 @@ def read_shape(config: Mapping[str, Any], where: str = "config.json") -> Shape:
       f"{where}: model_type={kind!r} is not a language model that tokred knows; {nearest(kind, FAMILIES)}"
     )
   given = {**(own if isinstance(own, Mapping) else config)}
-  if "tie_word_embeddings" not in given and "tie_word_embeddings" in config:
-    given["tie_word_embeddings"] = config["tie_word_embeddings"]
+  if config.get("tie_word_embeddings"):  # transformers 5 says it here alone, whatever stands in text_config
+    given["tie_word_embeddings"] = True
   c = {**FAMILIES[kind], **given}
   if c.get("use_sliding_window") and "sliding_attention" in c.get("layer_types", ("sliding_attention",)):
     raise ValueError(f"{where}: use_sliding_window=true is not supported; valid: false")
