@@ -8,6 +8,7 @@ from languages import TINY, parameters
 from safetensors.numpy import save_file
 
 from tokred.pretrained.language import load_language, open_language, read_shape
+from tokred.pretrained.vlm import open_vlm
 
 CONFIG = dict(
   model_type="qwen2", vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
@@ -25,7 +26,7 @@ def arrays(prefix="model.", head=False):
   shapes |= {f"{layer}mlp.{name}_proj.weight": (48, 32) for name in ("gate", "up")}
   shapes |= {f"{layer}{name}_layernorm.weight": (32,) for name in ("input", "post_attention")}
   out = {prefix + name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-  return out | ({"lm_head.weight": np.zeros((50, 32), np.float32)} if head else {})
+  return out | ({"lm_head.weight": out[f"{prefix}embed_tokens.weight"].copy()} if head else {})
 
 
 def directory(path, config, shards):
@@ -65,6 +66,18 @@ def test_prefixes_shards_and_other_parts_of_a_vlm(prefix, tmp_path):
   config = dict(model_type="llava", text_config=CONFIG)
   module, params = load_language(directory(tmp_path / "a", config, shards), param_dtype="bfloat16")
   assert module.shape.tied and "head" not in params and params["norm"]["scale"].dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_head_that_is_not_the_table_is_read_though_it_is_called_tied(outer, tmp_path):
+  state = arrays(head=True)
+  state["lm_head.weight"] += 1.0
+  config = dict(model_type="llava", image_token_index=9, text_config=CONFIG) if outer else CONFIG
+  module, params = load_language(directory(tmp_path / "a", config, [state]))
+  assert not module.shape.tied
+  np.testing.assert_array_equal(params["head"]["kernel"], state["lm_head.weight"].T)
+  found = open_vlm(tmp_path / "a") if outer else None
+  assert found is None or (not found.llm.tied and "language_model.lm_head.weight" in found.state)
 
 
 def test_a_missing_shard_and_a_missing_head(tmp_path):

@@ -27,6 +27,7 @@ IGNORED = (
   r"image_newline",
 )  # fmt: skip
 
+HEAD, TABLE = "lm_head.weight", "embed_tokens.weight"
 _LLAMA = dict(  # what config.json means where it is silent
   vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
   num_key_value_heads=None, head_dim=None, max_position_embeddings=2048, rms_norm_eps=1e-6, hidden_act="silu",
@@ -59,7 +60,7 @@ class Language:
 
 
 def open_language(path: str | os.PathLike[str]) -> Language:
-  """The language model of a directory, or of the VLM that lies there; nothing but headers is read.
+  """The language model of a directory, or of the VLM that lies there; nothing but headers is read, and a tied head.
 
   Raises:
     FileNotFoundError: no config.json, or no weights, or a shard that is not there.
@@ -67,9 +68,22 @@ def open_language(path: str | os.PathLike[str]) -> Language:
   """
   directory = Path(path)
   config, file = read_description(directory)
-  shape = read_shape(config, file)
-  state = strip(open_directory(directory), PREFIXES, IGNORED + ((r"lm_head\.weight",) if shape.tied else ()))
+  state = strip(open_directory(directory), PREFIXES, IGNORED)
+  shape = with_own_head(read_shape(config, file), state)
+  if shape.tied:
+    state.pop(HEAD, None)
   return Language(str(directory), shape, state)
+
+
+def with_own_head(shape: Shape, state: Mapping[str, Any], prefix: str = "") -> Shape:
+  """The shape with a head of its own where a config.json ties it, but the files have one that is not the table.
+
+  So transformers reads them, and only so are all arrays used; both are read here where both are there.
+  """
+  head, table = state.get(prefix + HEAD), state.get(prefix + TABLE)
+  if not shape.tied or head is None or table is None or np.array_equal(head.read(), table.read()):
+    return shape
+  return dataclasses.replace(shape, tied=False)
 
 
 def load_language(
@@ -184,7 +198,7 @@ def rows(shape: Shape) -> tuple[Row, ...]:
   attn, to = theirs + "self_attn.", ours + "attn/"
   own = (_queries(shape), to_heads(shape.num_kv_heads, 1), to_heads(shape.num_kv_heads, 1))
   return (
-    Row("embed_tokens.weight", "embed/embedding"),
+    Row(TABLE, "embed/embedding"),
     *(
       Row(f"{attn}{name}_proj.{kind}", f"{to}qkv/{leaf}[{i}/3]", layout)
       for i, (name, layout) in enumerate(zip("qkv", own, strict=True))
@@ -204,7 +218,7 @@ def rows(shape: Shape) -> tuple[Row, ...]:
       )
     ),
     Row("norm.weight", "norm/scale"),
-    Row("lm_head.weight", "head/kernel", MATRIX),
+    Row(HEAD, "head/kernel", MATRIX),
   )
 
 

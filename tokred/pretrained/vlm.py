@@ -112,7 +112,7 @@ class Files:
 
 
 def open_vlm(path: str | os.PathLike[str]) -> Files:
-  """The model of a directory; nothing but headers is read.
+  """The model of a directory; nothing but headers is read, and a tied head.
 
   Raises:
     FileNotFoundError: no config.json, or no weights, or a shard that is not there.
@@ -120,8 +120,10 @@ def open_vlm(path: str | os.PathLike[str]) -> Files:
   """
   directory = Path(path)
   config, file = read_description(directory)
-  found = read_vlm(config, file)
-  return dataclasses.replace(found, path=str(directory), state=found_only(found, open_directory(directory)))
+  found, state = read_vlm(config, file), open_directory(directory)
+  llm = language.with_own_head(found.llm, {spelt(name): a for name, a in state.items()}, "language_model.")
+  found = dataclasses.replace(found, path=str(directory), llm=llm)
+  return dataclasses.replace(found, state=found_only(found, state))
 
 
 def load_vlm(
