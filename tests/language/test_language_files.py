@@ -105,6 +105,10 @@ def test_a_missing_shard_and_a_missing_head(tmp_path):
     (dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)), r"rope_type='dynamic' is not supported"),
     (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), r"rope_type='llama3' needs low_freq_factor, high_freq_f"),
     (dict(rope_scaling=dict(type="mrope", mrope_section=[1, 1, 1])), r"mrope_section=\[1, 1, 1\] must add up to 4"),
+    (
+      dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
+      r"partial_rotary_factor=0.5 is not supported; valid: 1.0",
+    ),
     (dict(use_sliding_window=True), r"use_sliding_window=true is not supported; valid: false"),
     (dict(hidden_act="gelu_nwe"), r"hidden_act='gelu_nwe' is unknown; did you mean 'gelu_new'"),
     (dict(num_attention_heads=5), r"num_attention_heads=5 does not divide hidden_size=32"),

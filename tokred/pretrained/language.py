@@ -182,8 +182,8 @@ def read_rope(c: Mapping[str, Any], head_dim: int, where: str = "config.json") -
   wanted = {"default": (), "linear": ("factor",), "llama3": tuple(names)}[kind]
   if lacking := [names[field] for field in wanted if names[field] not in p]:
     raise ValueError(f"{where}: rope_type={kind!r} needs {', '.join(lacking)}")
-  if c.get("partial_rotary_factor", p.get("partial_rotary_factor", 1.0)) != 1.0:
-    raise ValueError(f"{where}: partial_rotary_factor={c.get('partial_rotary_factor')} is not supported; valid: 1.0")
+  if (share := c.get("partial_rotary_factor", p.get("partial_rotary_factor", 1.0))) != 1.0:
+    raise ValueError(f"{where}: partial_rotary_factor={share!r} is not supported; valid: 1.0")
   rope = Rope(float(p.get("rope_theta", c["rope_theta"])), kind, **{f: p[names[f]] for f in wanted}, sections=sections)
   try:
     rope.frequencies(head_dim)
