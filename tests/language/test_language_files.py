@@ -141,6 +141,8 @@ def test_silent_fields_are_those_of_the_family():
     | dict(rope_scaling=scaling)
   )
   assert qwen.qkv_bias and qwen.rope.sections == (16, 24, 24) and qwen.rope.theta == 1e6
+  bare = read_shape(dict(model_type="qwen2_vl"))
+  assert (bare.rope.sections, bare.rope.theta, bare.norm_eps, bare.num_kv_heads) == ((16, 24, 24), 1e6, 1e-5, 8)
   three = read_shape(CONFIG | dict(model_type="qwen3"))
   assert three.head_dim == 128 and three.qk_norm and not three.qkv_bias and three.tied
   assert TINY["head_dim"] == 8 and parameters()["embed"]["embedding"].shape == (50, 32)

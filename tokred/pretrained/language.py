@@ -36,12 +36,16 @@ _LLAMA = dict(  # what config.json means where it is silent
 _QWEN2 = _LLAMA | dict(
   vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768
 )
+_QWEN2_VL = _QWEN2 | dict(
+  vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64,
+  num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, mrope_section=(16, 24, 24),
+)  # fmt: skip
 FAMILIES: dict[str, Mapping[str, Any]] = {
   "llama": _LLAMA,
   "qwen2": _QWEN2,
   "qwen3": _QWEN2 | dict(head_dim=128),
-  "qwen2_vl_text": _QWEN2,
-  "qwen2_5_vl_text": _QWEN2,
+  "qwen2_vl_text": _QWEN2_VL,
+  "qwen2_5_vl_text": _QWEN2_VL,
 }
 WHOLE = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}  # older files have no text_config
 
@@ -172,7 +176,8 @@ def read_rope(c: Mapping[str, Any], head_dim: int, where: str = "config.json") -
     ValueError: a rope_type that tokred does not have, or one that lacks its numbers.
   """
   p = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-  kind, sections = p.get("rope_type", p.get("type", "default")), tuple(p.get("mrope_section") or ())
+  kind = p.get("rope_type", p.get("type", "default"))
+  sections = tuple(p.get("mrope_section") or c.get("mrope_section") or ())
   kind = "default" if kind == "mrope" and sections else kind
   if kind not in ROPES:
     raise ValueError(f"{where}: rope_type={kind!r} is not supported; {nearest(str(kind), ROPES)}")
