@@ -19,7 +19,7 @@ from tokred.nn import anyres, placeholders
 from tokred.pretrained.preprocessing import CLIP, FILES, HALF, preprocessing
 from tokred.pretrained.vlm import Files, open_vlm
 
-QWEN_PIXELS = (3136, 12845056)
+QWEN_PIXELS = (3136, 1003520)  # where preprocessor_config.json is silent; published ones are not
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,15 @@ def test_placeholders_by_hand():
   np.testing.assert_allclose(made[3, 3], (1 - np.array(CLIP[0])) / CLIP[1], rtol=1e-6)
 
 
+def test_silent_limits_of_qwen_are_those_of_its_class(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(QWEN))
+  save_file({"lm_head.weight": np.zeros((1, 1), np.float32)}, tmp_path / "model.safetensors")
+  file = tmp_path / "preprocessor_config.json"
+  for fields, wanted in (({}, (3136, 1003520)), (dict(max_pixels=9000), (3136, 9000))):
+    file.write_text(json.dumps(dict(image_processor_type="Qwen2VLImageProcessor", **fields)))
+    assert open_processor(tmp_path).pixels == wanted and open_processor(tmp_path).resize == "bicubic"
+
+
 def test_a_cut_is_rounded_down():
   """31 rows for 28: one and a half go above, and transformers drops one."""
   image = np.broadcast_to(np.arange(31, dtype=np.uint8)[:, None, None], (31, 28, 3))
