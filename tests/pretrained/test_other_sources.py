@@ -212,6 +212,7 @@ def test_a_name_is_fetched_and_a_path_wins(tmp_path, monkeypatch):
   assert model.params["head"]["kernel"].shape == (16, 3)
   (name, patterns), *_ = asked
   assert name == "google/vit-base-patch16-224" and not any("bin" in p or "*.*" in p for p in patterns)
+  assert {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"} <= set(patterns)  # a LLaVA speaks by its own
   assert loading.read_config("google/vit-base-patch16-224").model.num_classes == 3
   asked.clear()
   theirs.write(tmp_path / "google" / "vit-base-patch16-224", "vit", theirs.MICRO | theirs.MLP, 4)

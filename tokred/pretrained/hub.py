@@ -6,7 +6,9 @@ from pathlib import Path
 
 FILES = (  # nothing that holds code, and no second copy of the weights
   "config.json", "preprocessor_config.json", "processor_config.json", "tokred_config.json", "model.safetensors",
-  "model-*.safetensors", "model.safetensors.index.json", "tokred_reducers.safetensors",
+  "model-*.safetensors", "model.safetensors.index.json", "tokred_reducers.safetensors", "tokenizer.json",
+  "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+  "merges.txt",
 )  # fmt: skip
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
