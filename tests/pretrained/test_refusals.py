@@ -150,7 +150,15 @@ def test_clip_with_a_classifier(tmp_path):
   assert "CLIPForImageClassification reads patches that no norm has seen" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("name, reason", [("beit_base_patch16_224", "its attention adds a bias"), ("resnet50", "")])
+@pytest.mark.parametrize(
+  "name, reason",
+  [
+    ("beit_base_patch16_224", "its attention adds a bias"),
+    ("resnet50", ""),
+    ("vit_base_patch16_rpn_224", "its norms stand behind attention and MLP"),
+    ("vit_pe_core_base_patch16_224", "it turns queries and keys by rotary positions"),
+  ],
+)
 def test_timm_architectures(name, reason, tmp_path):
   save_file({"cls_token": np.zeros((1, 1, 4), np.float32)}, tmp_path / "model.safetensors")
   (tmp_path / "config.json").write_text(json.dumps(dict(architecture=name)))

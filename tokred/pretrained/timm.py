@@ -22,6 +22,8 @@ HEADS = {  # by the size that a name tells
   "gigantic": 16,
 }  # fmt: skip
 ARCHITECTURES = ("vit", "deit", "deit3", "flexivit")
+_ROTARY = "it turns queries and keys by rotary positions"
+ODD = {"rpn": "its norms stand behind attention and MLP", "pe": _ROTARY, "rope": _ROTARY}  # by a part of the name
 BEIT = "its attention adds a bias for every pair of places, which tokens that merge or leave do not have"
 
 
@@ -39,8 +41,9 @@ def open_timm(path: Path, config: Mapping[str, Any] | None = None) -> Source:
   state = strip(open_directory(path) if path.is_dir() else open_safetensors(path), PREFIXES)
   config = _beside(path) if config is None else config
   name = str(config.get("architecture", "")).split(".")[0]
-  if name and name.split("_")[0] not in ARCHITECTURES:
-    reason = f": {BEIT}" if name.startswith("beit") else ""
+  odd = BEIT if name.startswith("beit") else next((ODD[part] for part in name.split("_") if part in ODD), "")
+  if name and (odd or name.split("_")[0] not in ARCHITECTURES):
+    reason = f": {odd}" if odd else ""
     known = [f"{family}_{size}_..." for family in ARCHITECTURES[:3] for size in HEADS]
     raise ValueError(
       f"{path}: architecture={name!r} is not one that tokred knows{reason}; {nearest(name, known).split('valid')[0]}"
