@@ -54,6 +54,17 @@ def test_a_timm_directory(tmp_path):
   assert (m.activation, m.norm_eps, m.num_heads) == ("quick_gelu", 1e-5, 8)
 
 
+def test_a_norm_behind_pooling_is_of_the_token_where_timm_says_so(tmp_path):
+  state = timm()
+  state |= {name.replace("norm.", "fc_norm."): state.pop(name) for name in ("norm.weight", "norm.bias")}
+  save_file(state, tmp_path / "model.safetensors")
+  for told, pool in (("token", "cls"), ("avg", "avg"), (None, "avg")):
+    config = dict(architecture="vit_small_patch4_12", model_args=dict(num_heads=4), global_pool=told)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = tokred.load(tmp_path).config.model
+    assert (model.pool, model.final_norm) == (pool, "pooled")
+
+
 def test_what_a_bare_file_does_not_tell_is_asked_for(tmp_path):
   save_file(timm(), tmp_path / "vit.safetensors")
   with pytest.raises(ValueError, match=r"does not tell config.model.num_heads; give it: model={'num_heads': ...}"):

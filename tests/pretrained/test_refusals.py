@@ -166,6 +166,14 @@ def test_timm_architectures(name, reason, tmp_path):
   assert f"architecture={name!r} is not one that tokred knows" in message and reason in message
 
 
+@pytest.mark.parametrize("pool", ["max", "avgmax"])
+def test_timm_pooling(pool, tmp_path):
+  save_file({"cls_token": np.zeros((1, 1, 4), np.float32), "pos_embed": np.zeros((1, 5, 4), np.float32)},
+            tmp_path / "model.safetensors")  # fmt: skip
+  (tmp_path / "config.json").write_text(json.dumps(dict(architecture="vit_tiny_patch16_224", global_pool=pool)))
+  assert f"global_pool={pool!r} is not a pooling that tokred has; valid: token, avg, map" in refused(tmp_path)
+
+
 def test_beit_in_a_bare_file(tmp_path):
   table = {"blocks.0.attn.relative_position_bias_table": np.zeros((9, 2), np.float32)}
   save_file(table, tmp_path / "model.safetensors")

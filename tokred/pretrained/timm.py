@@ -54,6 +54,8 @@ def open_timm(path: Path, config: Mapping[str, Any] | None = None) -> Source:
   if "pos_embed" not in state and "cls_token" in state:
     raise ValueError(f"{path} has no pos_embed: rotary or relative positions in timm's names are not read")
   pretrained = {**config, **(config.get("pretrained_cfg") or {})}
+  if (told := pretrained.get("global_pool") or "token") not in ("token", "avg", "map"):
+    raise ValueError(f"{path}: global_pool={told!r} is not a pooling that tokred has; valid: token, avg, map")
   fields, grid, ask = _fields(state, name, pretrained)
   if (given := (config.get("model_args") or {}).get("num_heads")) or (given := _num_heads(name, fields)):
     fields["num_heads"] = given
@@ -103,7 +105,8 @@ def _fields(
   head = shape("head.weight")
   cls, registers = "cls_token" in state, (shape("reg_token") or (1, 0))[1]
   pool = "map" if any(key.startswith("attn_pool.") for key in state) else "cls" if cls else "avg"
-  if pretrained.get("global_pool") == "avg" or (pool == "cls" and "fc_norm.weight" in state):
+  told = pretrained.get("global_pool")
+  if told == "avg" or (told != "token" and pool == "cls" and "fc_norm.weight" in state):
     pool = "avg"
   fields = dict(
     width=width,
