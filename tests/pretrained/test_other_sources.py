@@ -59,10 +59,11 @@ def test_a_norm_behind_pooling_is_of_the_token_where_timm_says_so(tmp_path):
   state |= {name.replace("norm.", "fc_norm."): state.pop(name) for name in ("norm.weight", "norm.bias")}
   save_file(state, tmp_path / "model.safetensors")
   for told, pool in (("token", "cls"), ("avg", "avg"), (None, "avg")):
-    config = dict(architecture="vit_small_patch4_12", model_args=dict(num_heads=4), global_pool=told)
+    args = dict(num_heads=4, act_layer="relu")  # what is said of the activation goes before the name
+    config = dict(architecture="vit_small_patch4_12", model_args=args, global_pool=told)
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = tokred.load(tmp_path).config.model
-    assert (model.pool, model.final_norm) == (pool, "pooled")
+    assert (model.pool, model.final_norm, model.activation) == (pool, "pooled", "relu")
 
 
 def test_what_a_bare_file_does_not_tell_is_asked_for(tmp_path):

@@ -174,6 +174,20 @@ def test_timm_pooling(pool, tmp_path):
   assert f"global_pool={pool!r} is not a pooling that tokred has; valid: token, avg, map" in refused(tmp_path)
 
 
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    (dict(pool_include_prefix=True), "model_args.pool_include_prefix=True is not read; valid: without it"),
+    (dict(act_layer="gelu_tan"), "model_args.act_layer='gelu_tan' is unknown; did you mean 'gelu_tanh'?"),
+  ],
+)
+def test_timm_arguments(args, message, tmp_path):
+  save_file({"cls_token": np.zeros((1, 1, 4), np.float32), "pos_embed": np.zeros((1, 5, 4), np.float32)},
+            tmp_path / "model.safetensors")  # fmt: skip
+  (tmp_path / "config.json").write_text(json.dumps(dict(architecture="vit_tiny_patch16_224", model_args=args)))
+  assert message in refused(tmp_path)
+
+
 def test_beit_in_a_bare_file(tmp_path):
   table = {"blocks.0.attn.relative_position_bias_table": np.zeros((9, 2), np.float32)}
   save_file(table, tmp_path / "model.safetensors")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokred.config import nearest
+from tokred.nn.block import ACTIVATIONS
 from tokred.pretrained.arrays import open_directory, open_safetensors
 from tokred.pretrained.rules import CONV, MATRIX, Lazy, Row, heads_in, heads_out, linear, norm, to_heads
 from tokred.pretrained.source import Source, square, strip, variant
@@ -22,6 +23,7 @@ HEADS = {  # by the size that a name tells
   "gigantic": 16,
 }  # fmt: skip
 ARCHITECTURES = ("vit", "deit", "deit3", "flexivit")
+REFUSED = ("norm_layer", "block_fn", "attn_layer", "pool_include_prefix")  # model_args that no array shows
 _ROTARY = "it turns queries and keys by rotary positions"
 ODD = {"rpn": "its norms stand behind attention and MLP", "pe": _ROTARY, "rope": _ROTARY}  # by a part of the name
 BEIT = "its attention adds a bias for every pair of places, which tokens that merge or leave do not have"
@@ -57,7 +59,14 @@ def open_timm(path: Path, config: Mapping[str, Any] | None = None) -> Source:
   if (told := pretrained.get("global_pool") or "token") not in ("token", "avg", "map"):
     raise ValueError(f"{path}: global_pool={told!r} is not a pooling that tokred has; valid: token, avg, map")
   fields, grid, ask = _fields(state, name, pretrained)
-  if (given := (config.get("model_args") or {}).get("num_heads")) or (given := _num_heads(name, fields)):
+  args = config.get("model_args") or {}
+  if strange := [arg for arg in REFUSED if args.get(arg)]:
+    raise ValueError(f"{path}: model_args.{strange[0]}={args[strange[0]]!r} is not read; valid: without it")
+  if activation := args.get("act_layer"):
+    if activation not in ACTIVATIONS:
+      raise ValueError(f"{path}: model_args.act_layer={activation!r} is unknown; {nearest(activation, ACTIVATIONS)}")
+    fields["activation"] = activation
+  if (given := args.get("num_heads")) or (given := _num_heads(name, fields)):
     fields["num_heads"] = given
     sizes = [fields[field] for field in ("width", "depth", "mlp_dim", "num_heads")]
     fields["variant"] = variant(*sizes, fields["patch"])
