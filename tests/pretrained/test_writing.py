@@ -104,6 +104,12 @@ def test_what_has_no_place(fields, message, tmp_path):
     write.describe(model)
 
 
+def test_a_model_that_reads_is_not_written(tmp_path):
+  model = tokred.build({"model": BASE | dict(name="vlm", num_classes=0), "llm": dict(vocab=16, width=16, depth=1)})
+  with pytest.raises(ValueError, match=r"config.model.name='vlm' is not written for transformers; valid: 'vit'"):
+    save_huggingface(model, tmp_path)
+
+
 def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
   model = tokred.build({"model": BASE})
   with pytest.raises(ValueError, match="has no parameters"):

@@ -64,6 +64,8 @@ def save_huggingface(model: Model, directory: str | os.PathLike[str]) -> Model:
     OSError: it cannot be written; nothing half-written is left.
   """
   directory = Path(directory).absolute()
+  if model.config.model.name != "vit":
+    raise ValueError(f"config.model.name={model.config.model.name!r} is not written for transformers; valid: 'vit'")
   if model.params is None:
     raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
   if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
