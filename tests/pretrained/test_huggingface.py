@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 import tokred
 from tokred import loading
 from tokred.pretrained import compare, huggingface, open_source, rules
+from tokred.pretrained.preprocessing import to_preprocessor
 from tokred.pretrained.rules import Lazy
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "vlm" / "hf"
@@ -215,3 +216,12 @@ def test_preprocessing(preprocessor, wanted, tmp_path):
   data = loading.read_config(tmp_path).data
   for field, value in wanted.items():
     assert data[field] == (pytest.approx(value) if field in ("mean", "std") else value), field
+
+
+def test_the_edge_of_a_resized_image_comes_back(tmp_path):
+  """224 / (224 / 400) is 399.99999999999994."""
+  wanted = dict(do_center_crop=True, crop_size=dict(height=224, width=224), size=dict(shortest_edge=400))
+  theirs.write(tmp_path, "vit", theirs.MICRO | theirs.MLP, 3, wanted)
+  data = loading.read_config(tmp_path).data
+  made = to_preprocessor(data, (224, 224))
+  assert {name: made[name] for name in wanted} == wanted

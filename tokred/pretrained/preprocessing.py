@@ -85,6 +85,6 @@ def to_preprocessor(data: Mapping[str, Any], image_size: tuple[int, int]) -> dic
   )  # fmt: skip
   if not data["crop_fraction"]:
     return out | dict(image_processor_type="ViTImageProcessor", size=dict(height=height, width=width))
-  edge = int(min(height, width) / data["crop_fraction"])
+  edge = int(min(height, width) / data["crop_fraction"] + 1e-6)  # of a whole number that is divided twice
   crop = dict(do_center_crop=True, crop_size=dict(height=height, width=width), size=dict(shortest_edge=edge))
   return out | crop | dict(image_processor_type="CLIPImageProcessor")
