@@ -97,3 +97,14 @@ def test_positions_are_resized_before_registers_are_folded(tmp_path):
   np.testing.assert_allclose(params["registers"][0, 0], register, rtol=1e-6)
   patches = resize.positions(table[:, 2:], (3, 3), (5, 2))
   np.testing.assert_allclose(params["pos_embed"], np.concatenate([table[:, :1], patches], 1), atol=1e-6)
+
+
+def test_what_is_added_or_resized_is_not_rounded_to_the_dtype_of_the_file(tmp_path):
+  half = lambda state: {name: a.astype(np.float16) for name, a in state.items()}  # noqa: E731
+  state = theirs.write(tmp_path, "deit", theirs.MICRO | theirs.MLP, 3, change=half)
+  table = state["deit.embeddings.position_embeddings"].astype(np.float32)
+  params = tokred.load(tmp_path, model=dict(image_size=(20, 8))).params
+  register = state["deit.embeddings.distillation_token"].astype(np.float32)[0, 0] + table[0, 1]
+  np.testing.assert_array_equal(params["registers"][0, 0], register)
+  patches = resize.positions(table[:, 2:], (3, 3), (5, 2))
+  np.testing.assert_allclose(params["pos_embed"][:, 1:], patches, atol=1e-6)

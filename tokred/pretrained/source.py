@@ -80,6 +80,8 @@ class Source:
     qkv = wanted.get("block_0/attn/qkv/kernel")
     rows = self.rows(qkv.shape[2] if qkv is not None else 1)
     loaded = translate(self.state, reading(rows)) | dict(self.own)
+    for name in {"pos_embed", "registers", "patch_embed/kernel"} & loaded.keys():  # sums are not rounded to the file's
+      loaded[name] = loaded[name].map(lambda a: np.asarray(a, np.float32))
     _positions(loaded, wanted, self.grid, grid)
     kernel, place = loaded.get("patch_embed/kernel"), wanted.get("patch_embed/kernel")
     if kernel is not None and place is not None and kernel.shape != place.shape and kernel.shape[2:] == place.shape[2:]:
