@@ -89,9 +89,9 @@ def open_directory(directory: Path) -> dict[str, Lazy]:
     ValueError: weights of a kind that is not read, an index or a shard that is damaged, or arrays of a dtype that is
       not supported.
   """
+  if (directory / WEIGHTS).is_file():  # transformers leaves the index of older shards beside it
+    return open_safetensors(directory / WEIGHTS)
   if not (directory / INDEX).is_file():
-    if (directory / WEIGHTS).is_file():
-      return open_safetensors(directory / WEIGHTS)
     others = sorted(p for p in directory.iterdir() if p.suffix.lower() in (*PICKLES, ".h5", ".msgpack"))
     if others:
       raise ValueError(_pickle(others[0]))
