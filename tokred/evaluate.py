@@ -65,7 +65,7 @@ def answer_step(module: VLM, mode: str) -> Any:
       "loss": jnp.where(counted, loss, 0.0).sum(),
       "answers": counted.sum(dtype=jnp.float32),
       "images": seen.sum(),
-      "sites": counts_by_site(module, output.aux, seen),
+      "sites": counts_by_site(module, output.aux, seen, batch["valid"]),
     }
 
   return jax.jit(step, static_argnums=2)
@@ -104,11 +104,12 @@ def answers(module: VLM, params: Any, batches: Iterable[dict[str, np.ndarray]], 
     sums = out if sums is None else jax.tree.map(jnp.add, sums, out)
   if sums is None or not float(sums["examples"]):
     raise ValueError("the split has no examples to evaluate")
+  per = {spot.label: "images" if spot in module.sites.spots else "examples" for spot in module.spots}
   return {
     "accuracy": float(sums["right"]) / float(sums["examples"]),
     "loss": float(sums["loss"]) / float(sums["answers"]),
     "examples": int(sums["examples"]),
-    "sites": {name: round(float(c) / max(float(sums["images"]), 1.0), 2) for name, c in sums["sites"].items()},
+    "sites": {name: round(float(c) / max(float(sums[per[name]]), 1.0), 2) for name, c in sums["sites"].items()},
   }
 
 
@@ -165,19 +166,22 @@ def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode
   }
 
 
-def counts_by_site(module: ViT, aux: dict[str, Any], real: jax.Array | None = None) -> dict[str, jax.Array]:
-  """Tokens that each spot lets through, by "<site>/<layer>" (and reducer, where the site has several), float32.
+def counts_by_site(
+  module: ViT | VLM, aux: dict[str, Any], real: jax.Array | None = None, rows: jax.Array | None = None
+) -> dict[str, jax.Array]:
+  """Tokens that each spot lets through, by its label, float32: of an image, or of a language model's row, text counted.
 
   Args:
     module: that reported.
     aux: what it reported.
-    real: (B,) float32, 1 where an image is no padding: sums over these; None: means over all.
+    real: (images,) float32, 1 where one is no padding: sums over these; None: means over all.
+    rows: (rows,) of a language model, likewise.
   """
   out = {}
-  for spot in module.sites.spots:
-    name = f"{spot.site}/{spot.layer}" + ("" if spot.child == spot.site else f"/{spot.reducer}")
+  for spot in module.spots:
     alive = aux[f"reduce/{spot.site}/alive"][spot.index].astype(jnp.float32)
-    out[name] = alive.mean() if real is None else (alive * real).sum()
+    counted = real if spot in module.sites.spots else rows
+    out[spot.label] = alive.mean() if counted is None else (alive * counted).sum()
   return out
 
 

@@ -49,6 +49,11 @@ class Spot:
   of: str = "arriving"  # llm: or "input", what a share is one of
 
   @property
+  def label(self) -> str:
+    """Its name in metrics: "<site>/<layer>", and the reducer where the site has several."""
+    return f"{self.site}/{self.layer}" + ("" if self.child == self.site else f"/{self.reducer}")
+
+  @property
   def type(self) -> type[base.Reducer]:
     """Class of the reducer."""
     return base.REGISTRY[self.reducer]

@@ -139,6 +139,18 @@ def test_learned_thresholds_at_their_bounds():
   assert collapsed(sites, at(9.0, 1.4, 1.0)) == {}
 
 
+def test_a_reducer_that_nothing_teaches(tmp_path, capfd, monkeypatch):
+  """A threshold that is given passes no gradient on to its scorer; by a count the scorer learns."""
+  real = sharding.make_mesh
+  monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: real(mesh, devices or jax.devices()[:1]))
+  site = dict(reducer="stts", layers=(1,), place="before", keep=9)
+  for name, rate in (("threshold", dict(rate="threshold", threshold=0.5)), ("fixed", {})):
+    loop.train(config(dict(pick=site | rate), train=dict(steps=4)), tmp_path / name)
+    norms = [line["train/grad_norm/block_1/reduce/pick"] for line in metrics(tmp_path / name)]
+    told = capfd.readouterr().err.count("alarm: block_1/reduce/pick learns nothing, its gradient is 0: no term of")
+    assert (norms == [0.0] * 4 and told == 1) if rate else (norms[-1] > 0 and told == 0)
+
+
 def test_an_alarm_is_raised_once_and_only_when_it_lasts():
   watch = Alarms(module(reducer="gumbel", layers=(1,), keep=0.5).sites)
   bad, good = {"counts/tokens/1": 17.0}, {"counts/tokens/1": 9.0}

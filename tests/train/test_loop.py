@@ -205,6 +205,7 @@ def test_recipe(run, name, terms, counts):
   lines = micro.metrics(workdir)
   assert len(lines) == micro.STEPS and math.isfinite(summary["loss"])
   more = ["overlap/route/1"] if name == "router" else []
+  more += {"gumbel": ["grad_norm/block_1/reduce/select"], "router": ["grad_norm/block_1/reduce/route"]}.get(name, [])
   for line in lines:
     assert line.keys() == {"step"} | {
       f"train/{key}"

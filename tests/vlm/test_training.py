@@ -137,6 +137,13 @@ def test_counts_are_of_the_images_that_there_are(talks):
   model = tokred.build(config.to_dict() | {"sites": {"cut": site}}).init(0)
   whole, padded = ([evaluate(model, "test", size, mode)["sites"] for mode in ("gather", "mask")] for size in (8, 5))
   assert whole == padded == [{"cut/1": 16.0}] * 2  # an image keeps all its patches, a black one hardly any
+  half = dict(stack="llm", reducer="topk", layers=(1,), place="before", score="token_norm", keep=0.5)
+  model = tokred.build(config.to_dict() | {"sites": {"cut": half}}).init(0)
+  found = evaluate(model, "test", 5, "gather")["sites"]
+  batch = next(iter(data.feed(config, "test", train=False, batch_size=8)))
+  text = (batch["mask"] & (batch["ids"] != 3)).sum(1)[batch["valid"]]
+  left = text + -(-(batch["slot"] >= 0).sum((1, 2))[batch["valid"]] // 2)
+  assert found == {"cut/1": round(float(left.mean()), 2)}  # of a row of the language model, its text counted
 
 
 @pytest.mark.thorough  # projectors alone: tests/vlm/test_projectors.py
@@ -178,7 +185,11 @@ def test_rates_of_tower_and_language_model_learn_under_one_budget(talks, tmp_pat
   )  # fmt: skip
   config = recipe(talks, "stage=2,tune=full,method=rates", **fields)
   assert {spot.rate for spot in tokred.build(config).module.spots} == {"learned"}
-  train(config, tmp_path)
+  summary = train(config, tmp_path)
+  line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])  # half of the tokens, in either stack
+  in_llm = [name.removeprefix("train/share/") for name in line if name.startswith("train/share/")]
+  assert in_llm and all(0.4 < line[f"train/share/{name}"] < 0.6 for name in in_llm)
+  assert all(f"train/counts/{name}" in line and name in summary["sites"] for name in in_llm)
   model = tokred.load(tmp_path)
   tower, llm = model.module.tower.sites.counts(), [spot.budget for spot in model.module.llm.sites.spots]
   assert tower[-1] < 17 and all(0 < share < 1 for share in llm)

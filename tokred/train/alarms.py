@@ -35,34 +35,35 @@ def collapsed(sites: Sites, metrics: Mapping[str, float]) -> dict[str, str]:
 
   Args:
     sites: of the model that trains.
-    metrics: by name; read are `counts/<spot>`, `overlap/<spot>` and `kept/<spot>`, and whether `global_ratio` is a term
-      of the loss: it lets single selectors keep all or none, so that those of a site are judged together.
+    metrics: by name; read are `counts/<spot>`, `overlap/<spot>`, `kept/<spot>`, `grad_norm/<reducer>`, and whether
+      `global_ratio` is a term of the loss: it lets single selectors keep all or none, so that those of a site are
+      judged together.
   """
-  spots = [spot for spot in sites.spots if f"counts/{label(spot)}" in metrics]
-  counts = {spot: metrics[f"counts/{label(spot)}"] for spot in spots}
+  spots = [spot for spot in sites.spots if f"counts/{spot.label}" in metrics]
+  counts = {spot: metrics[f"counts/{spot.label}"] for spot in spots}
   together = "global_ratio" in metrics and "keep_ratio" not in metrics
   selectors: dict[str, list[Spot]] = {}
   for spot in spots:
     decides = spot.rate == "threshold" or (spot.rate == "fixed" and spot.type.decides)
     if decides and spot.keep > spot.protected + 1:
-      selectors.setdefault(spot.site if together else label(spot), []).append(spot)
+      selectors.setdefault(spot.site if together else spot.label, []).append(spot)
   out = {
     f"selector/{name}": text
     for name, group in selectors.items()
     if (text := selector(name, group, [counts[spot] for spot in group]))
   }
-  out |= {f"router/{label(s)}": text for s in spots if (text := router(s, metrics.get(f"overlap/{label(s)}")))}
-  out |= {f"kept/{label(s)}": text for s in spots if (text := reconstruction(s, metrics.get(f"kept/{label(s)}")))}
+  out |= {f"router/{s.label}": text for s in spots if (text := router(s, metrics.get(f"overlap/{s.label}")))}
+  out |= {f"kept/{s.label}": text for s in spots if (text := reconstruction(s, metrics.get(f"kept/{s.label}")))}
   learned = [spot for spot in spots if spot.rate == "learned"]
   reach = arriving(sites, counts) if learned else {}
-  out |= {f"rate/{label(s)}": text for s in learned if (text := rate(s, counts[s], reach[s], sites.stack.depth))}
+  out |= {f"rate/{s.label}": text for s in learned if (text := rate(s, counts[s], reach[s], sites.stack.depth))}
   if learned and (text := rates_idle(learned, [counts[spot] for spot in learned])):
     out["rate"] = text
   for site in dict.fromkeys(spot.site for spot in spots if spot.rate == "learned_threshold"):
     group = [spot for spot in spots if spot.site == site]
     if text := thresholds(group, [counts[spot] for spot in group], sites.stack.depth):
       out[f"threshold/{site}"] = text
-  return out
+  return out | {name: untaught(name) for name, norm in metrics.items() if name.startswith("grad_norm/") and norm == 0}
 
 
 def selector(name: str, spots: Sequence[Spot], counts: Sequence[float]) -> str:
@@ -103,7 +104,7 @@ def reconstruction(spot: Spot, kept: float | None) -> str:
     return ""
   word, size, other = ("all", "larger", "smaller") if kept >= NEARLY else ("none", "smaller", "larger")
   return (
-    f"{label(spot)} would keep {word} of its tokens ({kept:.0%}), where {share:.0%} are wanted, so that those it ships "
+    f"{spot.label} would keep {word} of its tokens ({kept:.0%}), where {share:.0%} are wanted, so that those it ships "
     f"are next to arbitrary; try a {size} config.sites.{spot.site}.weight, a {other} share, or another learning rate "
     "for it (config.optim.multipliers)"
   )
@@ -121,9 +122,18 @@ def router(spot: Spot, overlap: float | None) -> str:
     return ""
   more = ", gate='sigmoid', or config.loss.router=0.01" if hasattr(spot.type, "gate") else ""
   return (
-    f"{label(spot)} takes the same tokens of every image ({overlap:.0%} in common): its choice does not depend on the "
+    f"{spot.label} takes the same tokens of every image ({overlap:.0%} in common): its choice does not depend on the "
     "input; try a higher learning rate for it (config.optim.multipliers), less weight decay on it "
     f"(config.optim.no_decay){more}"
+  )
+
+
+def untaught(name: str) -> str:
+  """A reducer whose parameters have no gradient at all; `name` is that of its norm."""
+  return (
+    f"{name.removeprefix('grad_norm/')} learns nothing, its gradient is 0: no term of config.loss reads it, and what "
+    "it decides teaches it nothing; try rate='fixed' (a threshold that is given has no gradient), a term for it "
+    "(keep_ratio, recalibration), a layer behind which its tokens are read, or config.optim.freeze"
   )
 
 
@@ -158,12 +168,12 @@ def rate(spot: Spot, count: float, arrive: float, depth: int) -> str:
     return ""
   if fewest > smallest:
     return (
-      f"the rate of {label(spot)} is at the lower bound of {spot.reducer!r}, {fewest} of {arrive:.0f} tokens: "
+      f"the rate of {spot.label} is at the lower bound of {spot.reducer!r}, {fewest} of {arrive:.0f} tokens: "
       "config.loss.budget cannot move it any more; try a larger config.loss.target, a lower learning rate for rates "
       "(config.optim.multipliers), or more layers for the site"
     )
   return (
-    f"the rate of {label(spot)} is at its lower bound, {count:.0f} tokens: what comes behind it has nothing left to "
+    f"the rate of {spot.label} is at its lower bound, {count:.0f} tokens: what comes behind it has nothing left to "
     "decide; try a lower learning rate for rates (config.optim.multipliers), a smaller config.loss.budget, a larger "
     "config.loss.target, or a site that begins later"
   )
@@ -194,7 +204,7 @@ def thresholds(spots: Sequence[Spot], counts: Sequence[float], depth: int) -> st
   for spot, count in zip(spots, counts, strict=True):
     if spot.layer < depth - 1 and count - spot.protected <= (1 - NEARLY) * (spot.arriving - spot.protected):
       return (
-        f"the learned threshold of {label(spot)} lies above all scores: {count:.0f} of {spot.arriving} tokens are "
+        f"the learned threshold of {spot.label} lies above all scores: {count:.0f} of {spot.arriving} tokens are "
         "left, and what comes behind it has nothing to decide; try a lower learning rate for rates "
         f"(config.optim.multipliers), a smaller config.loss.budget, a larger config.loss.target, or {site}.threshold "
         "and softness of the size of the scores"
@@ -216,7 +226,7 @@ def overlaps(module: ViT, output: Output) -> dict[str, jax.Array]:
     if chosen is not None and not moved and chosen.shape[0] > 1:
       free = output.aux[f"reduce/{spot.site}/free"][spot.index]
       p = jnp.where(free, chosen, False).mean(0, dtype=jnp.float32)
-      out[f"overlap/{label(spot)}"] = jnp.square(p).sum() / jnp.maximum(p.sum(), 1e-6)
+      out[f"overlap/{spot.label}"] = jnp.square(p).sum() / jnp.maximum(p.sum(), 1e-6)
     moved = moved or not module.sites.scoped(spot)
   return out
 
@@ -224,9 +234,4 @@ def overlaps(module: ViT, output: Output) -> dict[str, jax.Array]:
 def selected(module: ViT, output: Output) -> dict[str, jax.Array]:
   """What selectors with a loss of their own would keep, a share, and their error, by `kept/<spot>`, `error/<spot>`."""
   reports = {name: losses.reported(module, output, name) for name in ("kept", "error")}
-  return {f"{name}/{label(s)}": value.mean() for name, found in reports.items() for s, value in found.items()}
-
-
-def label(spot: Spot) -> str:
-  """Name of a spot in metrics, as `tokred.evaluate.counts_by_site` gives it."""
-  return f"{spot.site}/{spot.layer}" + ("" if spot.child == spot.site else f"/{spot.reducer}")
+  return {f"{name}/{s.label}": value.mean() for name, found in reports.items() for s, value in found.items()}

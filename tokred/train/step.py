@@ -1,5 +1,6 @@
 """One optimiser step: a pure function of state and batch, and the state it acts on."""
 
+import collections
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -59,6 +60,7 @@ def make_step(
     taught = None if teacher is None else functools.partial(dense.apply, {"params": _overlay(own, teacher, whole)})
     output, terms, accuracy = look(weights, module, params, taught, batch, mode, keeps, streams)
     counts = {f"counts/{name}": count for name, count in counts_by_site(module, output.aux).items()}
+    counts |= {f"share/{s.label}": output.aux[f"reduce/{s.site}/share"][s.index] for s in losses.shared(module)}
     metrics = terms | {"accuracy": accuracy} | counts | overlaps(module, output) | selected(module, output)
     return losses.total(weights, terms), metrics
 
@@ -73,9 +75,24 @@ def make_step(
     }
     if "ema" in state:
       new["ema"] = ema_update(state["ema"], new["params"], config.optim.ema, state["step"])
-    return new, metrics | {"grad_norm": optax.tree.norm(grads)}
+    return new, metrics | {"grad_norm": optax.tree.norm(grads)} | reducer_norms(grads, frozen)
 
   return step
+
+
+def reducer_norms(grads: Any, frozen: Any) -> dict[str, jax.Array]:
+  """Norm of the gradient of each reducer's own parameters, by where they lie: `grad_norm/block_3/reduce/select`.
+
+  Args:
+    grads: tree of gradients.
+    frozen: tree of bool like it; reducers that are frozen altogether are left out.
+  """
+  own = collections.defaultdict(list)
+  for (path, grad), fixed in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(frozen), strict=True):
+    names = path_name(path).split("/")
+    if "reduce" in names and not fixed:
+      own["/".join(names[: names.index("reduce") + 2])].append(grad)
+  return {f"grad_norm/{name}": optax.tree.norm(leaves) for name, leaves in own.items()}
 
 
 def _classify(
