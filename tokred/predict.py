@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokred.data import images as pictures
 from tokred.data import label_names
@@ -38,7 +38,7 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, config: ConfigDict) -> n
     raise ValueError(f"image {str(path)!r}: no such file")
   try:
     with Image.open(path) as picture:
-      array = pictures.to_array(picture)
+      array = pictures.to_array(ImageOps.exif_transpose(picture))  # upright, as in training
   except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
     raise ValueError(
       f"image {str(path)!r} cannot be read: no image, or a damaged one ({type(error).__name__})"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokred import config, data
-from tokred.data import folder, images
+from tokred import config, data, predict
+from tokred.data import folder, images, talks
 
 TFDS_DIR = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "tfds"
 needs_tfds = pytest.mark.skipif(not TFDS_DIR.is_dir(), reason=f"no prepared TFDS data sets in {TFDS_DIR}")
@@ -184,10 +184,16 @@ def test_sixteen_bits_are_scaled():
 
 
 def test_upright(tmp_path):
+  """Whoever reads a file turns it as its EXIF says: folders, conversations and predictions alike."""
   exif = Image.Exif()
   exif[0x0112] = 6  # turn by 90 degrees to the right
-  Image.new("RGB", (8, 4)).save(tmp_path / "photo.jpg", exif=exif)
-  assert folder.read(str(tmp_path / "photo.jpg")).shape == (8, 4, 3)
+  Image.linear_gradient("L").resize((8, 4)).convert("RGB").save(tmp_path / "photo.png", exif=exif)
+  turned = folder.read(tmp_path / "photo.png")
+  assert turned.shape == (8, 4, 3) and turned[0, 0, 0] > turned[0, -1, 0]  # what was below is on the left
+  np.testing.assert_array_equal(talks.Files((tmp_path / "photo.png",))[0]["image"], turned)
+  chosen = config.default()
+  chosen.model.image_size = (8, 4)
+  np.testing.assert_array_equal(predict.read_image(tmp_path / "photo.png", chosen), turned)
 
 
 def test_channels():

@@ -20,7 +20,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokred.data import images, sources
+from tokred.data import sources
+from tokred.data.folder import read
 
 IMAGE = "<image>"
 
@@ -86,8 +87,7 @@ class Files:
   def __getitem__(self, index: int) -> dict[str, Any]:
     path = self.paths[index]
     try:
-      with Image.open(path) as picture:
-        return {"image": images.to_array(picture), "label": 0}
+      return {"image": read(path), "label": 0}
     except (OSError, ValueError, Image.DecompressionBombError) as error:
       raise ValueError(f"{path} cannot be read as an image: {error}") from None
 
