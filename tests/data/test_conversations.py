@@ -178,6 +178,22 @@ def test_sharing_an_image(folder, tmp_path):
     batches(folder, train=True, share=True)
 
 
+def test_sharing_an_image_that_stands_late(folder, tmp_path):
+  """Answers before the image count, and none is told from the end of another conversation."""
+  (tmp_path / "red.png").write_bytes((folder / "red.png").read_bytes())
+  late = [talk(("What is red?", "Red."), ("<image> and blue?", answer), image="red.png") for answer in ("Blue", "Red")]
+  last = [talk(("What colour is <image>", answer), image="red.png") for answer in ("Blue", "Red")]
+  for asked, rows, answers in ((late, 1, 3 + 2 + 2), (last, 2, 2 + 2)):
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    loader = batches(tmp_path, train=True, share=True, batch_size=rows, images=1, max_length=20)
+    batch = next(loader)
+    loader.close()
+    assert loader.num_examples == rows and batch["answer"].sum() == answers
+    row, place = np.nonzero(batch["answer"])
+    told = batch["segment"][row, place - 1]
+    assert ((told == batch["segment"][row, place]) | (told == conversations.SHARED)).all()
+
+
 def test_training_is_a_function_of_the_number(folder):
   fields = dict(pad_crop=2)
   make = lambda **k: batches(folder, train=True, fields=fields, **k)  # noqa: E731

@@ -203,12 +203,16 @@ class Corpus:
 
 
 def _about_one_image(corpus: Corpus, image_token: int, max_length: int, seed: int) -> list[list[int]]:
-  """Rows of conversations that begin alike, up to the end of their one image."""
-  groups: dict[tuple[int, bytes], list[int]] = {}
+  """Rows of conversations that begin alike, up to the end of their one image.
+
+  Whose answer comes right behind the image has a row alone: the image's last patch can tell one answer only.
+  """
+  groups: dict[tuple[int, bytes, int], list[int]] = {}
   for talk in np.random.default_rng((seed, 1)).permutation(len(corpus)).tolist():
     if corpus.counts[talk] == 1:
       common, start = corpus.shared(talk, image_token), corpus.starts[talk]
-      key = (int(corpus.pictures[corpus.picture_starts[talk]]), corpus.ids[start : start + common].tobytes())
+      alone = talk if corpus.answer[start + common :][:1].any() else -1
+      key = (int(corpus.pictures[corpus.picture_starts[talk]]), corpus.ids[start : start + common].tobytes(), alone)
     else:
       raise ValueError(f"config.text.share=True: conversation {talk} has {corpus.counts[talk]} images; valid: one")
     groups.setdefault(key, []).append(talk)
@@ -305,6 +309,7 @@ class Layout:
       start = common = c.shared(talk, self.image_token)
       place, part = slice(0, common), slice(c.starts[talk], c.starts[talk] + common)
       out["ids"][b, place], out["segment"][b, place], out["position"][b, place] = c.ids[part], SHARED, np.arange(common)
+      out["answer"][b, place] = c.answer[part]  # of turns before the image
     for segment, talk in enumerate(self.rows[row]):
       part = slice(c.starts[talk] + common, c.starts[talk + 1])
       place = slice(start, start + part.stop - part.start)
