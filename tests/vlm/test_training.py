@@ -124,6 +124,18 @@ def test_ids_mean_what_they_meant_where_the_weights_come_from(talks, stage_1, tm
   train(config, tmp_path / "run")  # the same command goes on: nothing is left to do
 
 
+def test_words_of_a_checkpoint_stay(talks, stage_1, tmp_path):
+  """Whoever resumes with other data hears of it, and the run keeps the words that its ids mean."""
+  shutil.copytree(talks, tmp_path / "talks")
+  lines = (talks / "train.jsonl").read_text().replace("Is it red?", "Seems it scarlet?")
+  (tmp_path / "talks" / "train.jsonl").write_text(lines)
+  shutil.copytree(stage_1[0], tmp_path / "run")
+  before = (tmp_path / "run" / "words.json").read_text()
+  with pytest.raises(ValueError, match="state of the data does not fit this run: text="):
+    train(recipe(tmp_path / "talks"), tmp_path / "run")
+  assert (tmp_path / "run" / "words.json").read_text() == before
+
+
 def test_terms_of_classifiers_are_refused(talks, stage_1, tmp_path):
   config = recipe(talks, loss__distill_tokens=1.0)
   with pytest.raises(ValueError, match=r"config.loss.distill_tokens=1.0 is no term of config.model.name='vlm'"):

@@ -251,8 +251,8 @@ def _data(config: ConfigDict) -> tuple[Any, Any]:
 
 
 def _write_words(config: ConfigDict, workdir: Path) -> None:
-  """The words that a tokenizer was made of stay with the run."""
-  if config.model.name == "vlm" and jax.process_index() == 0:
+  """The words that a tokenizer was made of stay with the run; those of a checkpoint, whatever the data are now."""
+  if config.model.name == "vlm" and jax.process_index() == 0 and not checkpoint.steps(workdir / checkpoint.FOLDER):
     words = tokred_data.tokenizer(config)
     if hasattr(words, "write"):  # the files of a checkpoint's own tokenizer stay where they are
       workdir.mkdir(parents=True, exist_ok=True)
