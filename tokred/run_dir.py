@@ -17,7 +17,7 @@ WORDS = "words.json"  # of a run that learned from text: what its tokenizer know
 
 # A run may be resumed with other values of these: they do not change what is learned.
 _MAY_CHANGE = re.compile(
-  r"train\.(log_every|eval_every|checkpoint_every|keep_checkpoints)|data\.(num_workers|prefetch|data_dir|labels)"
+  r"train\.(log_every|eval_every|checkpoint_every|keep_checkpoints)|data\.(num_workers|prefetch|data_dir)"
   r"|mesh\..*|eval\..*"
 )
 

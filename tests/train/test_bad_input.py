@@ -255,6 +255,11 @@ class TestRunDirectory:
   def test_with_other_logging_is_resumed(self, workdir):
     assert train(micro.config(train=dict(log_every=2), eval=dict(batch_size=30)), workdir)["step"] == micro.STEPS
 
+  def test_of_other_classes(self, workdir):
+    """A folder that was renamed, or stands elsewhere by the alphabet: its number means another class now."""
+    with pytest.raises(ValueError, match=r"config.data.labels: \('0', '1', .*'9'\) there, \('1', '0', .*'9'\) here"):
+      train(micro.config(data=dict(labels=tuple("1023456789"))), workdir)
+
   def test_config_that_is_no_json(self, workdir):
     (workdir / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not JSON .*use another --workdir"):

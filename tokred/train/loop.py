@@ -70,10 +70,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
   batches, eval_batches = _data(config)
   total = _num_steps(config, batches.num_examples)
   phase = Phase(config, mesh, total, rows=batches.rows)
-  run_dir.check_config(workdir, config)
   for kept in (config, phase.config):  # whoever loads the model shall know what its classes are called
     with kept.unlocked():
       kept.data.labels = kept.data.labels or tuple(eval_batches.label_names)
+  run_dir.check_config(workdir, config)
   teacher = _teacher(phase)
   state = None if checkpoint.steps(workdir / checkpoint.FOLDER) else _first_state(phase)
   _write_words(config, workdir)
