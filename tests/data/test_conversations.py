@@ -1,5 +1,6 @@
 """Conversations: ids by hand, packing, resuming, sharing, TFDS, tokenizers, and every error message."""
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -115,6 +116,17 @@ def test_prompt_and_system_stand_around_the_question():
 
 def test_lazy_images_are_those_in_memory(folder):
   assert_same(all_rows(batches(folder)), all_rows(batches(folder, fields=dict(in_memory=False))))
+
+
+def test_random_crops_are_of_the_whole_image(tmp_path):
+  """The left quarter of a broad image is white, and the central crop of evaluation does not show it."""
+  Image.fromarray(np.repeat(np.uint8([[255, 0, 0, 0]]), 8, axis=1).repeat(8, axis=0)).save(tmp_path / "broad.png")
+  for split in ("train", "test"):
+    (tmp_path / f"{split}.jsonl").write_text(json.dumps(talk(("<image>\nWhat?", "Red."), image="broad.png")))
+  make = lambda split, **k: batches(tmp_path, split, dict(random_resized_crop=0.2), batch_size=16, images=1, **k)  # noqa: E731
+  assert next(iter(make("test")))["image"][0].max() == -1
+  with contextlib.closing(make("train", train=True)) as loader:
+    assert next(loader)["image"].max() == 1
 
 
 def test_first_fit():

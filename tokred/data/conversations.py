@@ -97,7 +97,8 @@ def conversation_batches(
       raise ValueError("config.text.share=True and config.text.pack=True; valid: one of them")
     rows = _about_one_image(corpus, image_token, max_length, seed)
   layout = Layout(corpus, rows, max_length, images, num_image_tokens, image_token, tokenizer.pad, pack, share)
-  pictures = batches.read_examples(config_data, found.pictures, image_size, channels, resize=True)
+  resize = not (train and config_data.random_resized_crop)  # which resizes by itself
+  pictures = batches.read_examples(config_data, found.pictures, image_size, channels, resize=resize)
   batch_at = TalkBatch(
     examples=pictures,
     layout=layout,
