@@ -270,6 +270,8 @@ def _set(parent: ConfigDict, field: str, value: Any, name: str) -> None:
   if isinstance(parent[field], tuple):  # JSON has no tuples
     value = _tuples(value)
   try:
+    if value is None:  # which a ConfigDict takes for any type
+      raise TypeError
     parent[field] = value
   except TypeError:
     wanted = type(parent[field]).__name__

@@ -41,6 +41,7 @@ MISTAKES = {
   "config group": ({"optimizer": {"lr": 1.0}}, ["config.optimizer", "did you mean 'optim'"]),
   "site field": (site(kep=0.5), ["sites.prune.kep", "did you mean 'keep'"]),
   "type": ({"train": {"steps": "many"}}, ["config.train.steps='many'", "valid: int"]),
+  "nothing": ({"init": None}, ["config.init=None is of type NoneType", "valid: str"]),
   "keep of 0": (site(keep=0.0), ["sites.prune.keep=0.0", "above 0.0 and at most 1.0"]),
   "keep below 0": (site(keep=-0.5), ["sites.prune.keep=-0.5", "above 0.0"]),
   "more than arrive": (site(keep=40), ["sites.prune: keep=40", "only 17 tokens arrive at layer 1", "lower config"]),
