@@ -143,6 +143,16 @@ def test_truncated_images(tmp_path, suffix):
   assert [source[i]["image"].shape for i in range(2)] == [(64, 64, 3)] * 2
 
 
+def test_a_broken_link_is_an_unreadable_image(tmp_path):
+  write_images(tmp_path, {"a": 1})
+  (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "elsewhere.png")
+  chosen = settings(name="image_folder", data_dir=str(tmp_path))
+  with pytest.raises(ValueError, match=r"config\.data\.bad_images='error': 1 of 2 images unreadable: .*gone\.png"):
+    data.open_source(chosen, "train")
+  chosen.bad_images = "skip"
+  assert data.open_source(chosen, "train").num_skipped == 1
+
+
 def test_a_mended_image_is_seen(tmp_path):
   write_images(tmp_path, {"a": 2}, size=(40, 40))
   truncate(tmp_path / "a" / "1.png")

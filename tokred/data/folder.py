@@ -114,7 +114,8 @@ def _files(split: Path, label_names: tuple[str, ...]) -> tuple[File, ...]:
   for label, name in enumerate(label_names):
     if (split / name).is_dir():
       paths = [path for path in _visible(split / name) if path.suffix.lower() in EXTENSIONS]
-      found += [File(str(path), label, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+      stats = [path.stat() if path.exists() else path.lstat() for path in paths]  # a broken link is a bad image
+      found += [File(str(p), label, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
   return tuple(sorted(found, key=lambda file: _place(Path(file.path).relative_to(split))))
 
 
