@@ -273,6 +273,8 @@ def test_tfds_errors(tmp_path):
     data.describe(settings(name="cifar10:9.9.9", data_dir=str(TFDS_DIR)))
   with pytest.raises(ValueError, match=r"config\.data\.train_split='tran': Unknown split 'tran'.*valid: train, test"):
     data.describe(settings(name="cifar10", data_dir=str(TFDS_DIR), train_split="tran"))
+  with pytest.raises(ValueError, match=r"config\.data\.train_split='train\[9:1\]': .*valid: train, test"):
+    data.describe(settings(name="cifar10", data_dir=str(TFDS_DIR), train_split="train[9:1]"))
 
 
 def write_tfds(directory, features, file_format="array_record"):

@@ -185,10 +185,7 @@ class _TfdsSource:
         raise ValueError(f"config.data.name={name!r}: label is not a class but {label!r}; valid: a ClassLabel")
       if not isinstance(image, tfds.features.Image) or np.dtype(image.np_dtype) != np.uint8:
         raise ValueError(f"config.data.name={name!r}: image is {image!r}; valid: an Image of uint8")
-      try:
-        self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-      except ValueError as error:
-        raise _split_error(split, tuple(builder.info.splits), field, error) from None
+      self._records = _records(builder, split, field)
     self.label_names = tuple(label.names)
     self.channels = 1 if image.shape[-1] == 1 else 3
     if len(self) and not 0 <= self[0]["label"] < len(self.label_names):
@@ -203,6 +200,18 @@ class _TfdsSource:
   def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
     records = self._records.__getitems__([int(index) for index in indices])
     return [{"image": _decode(record["image"]), "label": int(record["label"])} for record in records]
+
+
+def _records(builder: Any, split: str, field: str) -> Any:
+  """The records of a split, images encoded."""
+  import tensorflow_datasets as tfds
+
+  try:
+    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    len(records)  # negative, which is an error, where a slice ends before it begins
+  except ValueError as error:
+    raise _split_error(split, tuple(builder.info.splits), field, error) from None
+  return records
 
 
 def _decode(encoded: bytes) -> np.ndarray:

@@ -125,10 +125,7 @@ def _tfds(name: str, data_dir: str, split: str, field: str) -> Talks:
     for feature in ("image", "question", "answer"):
       if feature not in features:
         raise ValueError(f"config.data.name={name!r}: data set has no {feature}; features: {', '.join(features)}")
-    try:
-      records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except ValueError as error:
-      raise sources._split_error(split, tuple(builder.info.splits), field, error) from None
+    records = sources._records(builder, split, field)
   labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
   names = tuple(features["label"].names) if labelled else ()
   talks, first, known = [], [], {}
