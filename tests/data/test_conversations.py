@@ -327,6 +327,9 @@ BAD_FIELDS = {
   r"train.jsonl:1: 3 placeholders \(id 5\) for 1 images of 2 tokens": dict(image_token=WHAT),
   r"config.data.data_dir='' has no <split>.jsonl": dict(fields=dict(data_dir="")),
   r"config.data.eval_split='val': .*valid: test, train": dict(split="val"),
+  r"config.data.name='conversation': .*did you mean 'conversations'\? valid: conv": dict(
+    fields=dict(name="conversation")
+  ),
 }
 
 

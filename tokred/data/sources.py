@@ -219,8 +219,11 @@ def _decode(encoded: bytes) -> np.ndarray:
     return images.to_array(picture)
 
 
-def _builder(name: str, data_dir: str) -> Any:
-  """TFDS's builder of a data set that is prepared: found in `data_dir`, or downloaded where that is empty."""
+def _builder(name: str, data_dir: str, own: Sequence[str] = ("digits", "image_folder")) -> Any:
+  """TFDS's builder of a data set that is prepared: found in `data_dir`, or downloaded where that is empty.
+
+  `own` are the names that the caller knows besides.
+  """
   import tensorflow_datasets as tfds
 
   try:
@@ -229,7 +232,7 @@ def _builder(name: str, data_dir: str) -> Any:
     else:
       builder = tfds.builder(name, file_format="array_record")
   except tfds.core.DatasetNotFoundError:
-    raise ValueError(f"config.data.name={name!r}: no such data set; {_suggest(name, data_dir)}") from None
+    raise ValueError(f"config.data.name={name!r}: no such data set; {_suggest(name, data_dir, own)}") from None
   except Exception as error:  # an unknown version or configuration, or a data set whose code needs TensorFlow
     raise ValueError(f"config.data.name={name!r}: TFDS cannot open it: {_first_line(error)}") from error
   if not builder.is_prepared():
@@ -251,11 +254,10 @@ def _builder(name: str, data_dir: str) -> Any:
   return builder
 
 
-def _suggest(name: str, data_dir: str) -> str:
+def _suggest(name: str, data_dir: str, own: Sequence[str]) -> str:
   """The nearest known names; all of TFDS's would not fit into a line."""
   import tensorflow_datasets as tfds
 
-  own = ["digits", "image_folder"]
   local = [entry.name for entry in Path(data_dir).expanduser().glob("*/")] if data_dir else []
   known = [*own, *local, *tfds.list_builders(with_community_datasets=False)]
   close = difflib.get_close_matches(name, known, n=1)

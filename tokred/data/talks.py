@@ -120,7 +120,7 @@ def _tfds(name: str, data_dir: str, split: str, field: str) -> Talks:
   import tensorflow_datasets as tfds
 
   with sources._quiet():
-    builder = sources._builder(name, data_dir)
+    builder = sources._builder(name, data_dir, own=("conversations",))
     features = builder.info.features
     for feature in ("image", "question", "answer"):
       if feature not in features:
