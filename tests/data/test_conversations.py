@@ -339,8 +339,9 @@ def test_bad_fields(folder, message):
     batches(folder, **BAD_FIELDS[message])
 
 
-def test_too_long_may_be_skipped(folder):
+def test_too_long_may_be_skipped_and_is_counted(folder, caplog):
   assert all_rows(batches(folder, max_length=9, too_long="skip"))["valid"].sum() == 3
+  assert "config.text.too_long='skip': 2 of 5 conversations skipped" in caplog.text
 
 
 def test_bad_tokenizers(tmp_path):

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -227,11 +228,12 @@ def _about_one_image(corpus: Corpus, image_token: int, max_length: int, seed: in
 
 
 def _encode(found: Talks, text: Writer, max_length: int, images: int, too_long: str) -> Corpus:
-  ids, answer, pictures, label, lengths, counts = [], [], [], [], [], []
+  ids, answer, pictures, label, lengths, counts, skipped = [], [], [], [], [], [], 0
   for talk in tqdm(found.talks, desc="encoding text", delay=1, leave=False):
     line, said = text(talk)
     if len(line) > max_length:
       if too_long == "skip":
+        skipped += 1
         continue
       seen = len(talk.images) * text.num_image_tokens
       raise ValueError(
@@ -253,6 +255,8 @@ def _encode(found: Talks, text: Writer, max_length: int, images: int, too_long: 
     counts.append(len(talk.images))
   if not label:
     raise ValueError(f"config.text.max_length={max_length}: every conversation is longer; valid: more")
+  if skipped:
+    logging.warning("config.text.too_long='skip': %d of %d conversations skipped", skipped, len(found))
   ends = lambda sizes: np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)  # noqa: E731
   array = lambda values, kind: np.array(values, kind)  # noqa: E731
   return Corpus(
