@@ -269,6 +269,14 @@ def test_probe_of_a_model():
   assert dense["restored"] == dense["zeros"]
 
 
+def test_probe_of_what_does_not_classify():
+  model = tokred.build(dict(model=dict(SMALL, name="vlm", num_classes=0), llm=dict(depth=1)))
+  with pytest.raises(ValueError, match=r"config.model.name='vlm' does not classify images; valid: vit"):
+    probe.probe(model)
+  with pytest.raises(SystemExit, match=r"tokred.probe: --examples=-1; valid: 0 \(all of them\) or more"):
+    probe.main(["--workdir=nowhere", "--examples=-1"])
+
+
 def test_probe_of_a_model_without_a_norm_of_tokens():
   model = tokred.build(dict(model=dict(SMALL, final_norm="pooled", pool="avg"))).init()
   with pytest.raises(ValueError, match=r"config.model.final_norm='pooled' leaves no norm .*valid: tokens"):

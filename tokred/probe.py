@@ -102,11 +102,13 @@ def score(labels: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, 
 
 def collect(model: Model, split: str, examples: int, threshold: float) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """Features (M, P, D) by name and labels (M, P) of the first `examples` images (in whole batches; 0: all of them)."""
-  c, shape = model.config, model.module.shape
+  c = model.config
+  if c.model.name != "vit":
+    raise ValueError(f"config.model.name={c.model.name!r} does not classify images; valid: vit")
   if c.model.final_norm != "tokens":
     raise ValueError(f"config.model.final_norm={c.model.final_norm!r} leaves no norm for single tokens; valid: tokens")
   sizes = dict(image_size=c.model.image_size, channels=c.model.channels, num_classes=c.model.num_classes)
-  batches = eval_batches(c.data, split, **sizes, batch_size=c.eval.batch_size)
+  batches, shape = eval_batches(c.data, split, **sizes, batch_size=c.eval.batch_size), model.module.shape
   run, maps, labels = forward(model.module, model.mode, True), [], []
   place = jax.jit(lambda output, norm: features(output, norm, c.model.norm_eps, shape.num_prefix_tokens))
   for batch in itertools.islice(batches, -(-examples // c.eval.batch_size) or None):
@@ -140,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   import tokred  # here, since the package must not import its own command line
 
   try:
+    if flags.examples < 0:
+      raise ValueError(f"--examples={flags.examples}; valid: 0 (all of them) or more")
     reduced, dense = tokred.freeze(tokred.load(flags.workdir)), tokred.load(flags.workdir, sites={})
     rows = {"dense": probe(dense, flags.examples, flags.threshold)["restored"]}
     rows |= probe(reduced, flags.examples, flags.threshold) if reduced.module.sites.spots else {}
