@@ -111,6 +111,7 @@ MISTAKES = {
   "consistency": ({"loss": {"consistency": 1.0}}, ["config.loss.consistency=1.0", "no sites"]),
   "teacher": ({"loss": {"distill_logits": 1.0}}, ["config.loss.distill_logits=1.0", "config.teacher"]),
   "init": ({"init": "nowhere"}, ["nowhere"]),
+  "idle teacher": ({"teacher": "nowhere"}, ["config.teacher='nowhere' has nothing to teach", "distill_logits, .*''"]),
   "init and teacher": ({"teacher": "nowhere", "loss": {"distill_tokens": 1.0}}, ["nowhere"]),
   "frozen for ever": ({"optim": {"freeze": (".*",)}}, ["config.optim.freeze", "nothing would learn"]),
   "multiple": ({"rates": {"multiple_of": 0}}, ["config.rates.multiple_of=0"]),

@@ -27,7 +27,7 @@ from tokred.model import Model, build, freeze, init
 from tokred.train import signals
 from tokred.train.alarms import Alarms
 from tokred.train.log import MetricLog
-from tokred.train.phase import Phase, check
+from tokred.train.phase import TAUGHT, Phase, check
 from tokred.train.step import transfer
 
 
@@ -277,7 +277,7 @@ def _teacher(phase: Phase) -> Any:
   the step takes the student's.
   """
   c = phase.config
-  if not any(c.loss[name] for name in ("distill_logits", "distill_tokens", "distill_tokens_kl", "recalibration")):
+  if not any(c.loss[name] for name in TAUGHT):
     return None
   path = c.teacher or c.init
   target = jax.eval_shape(lambda: init(phase.teacher, c.seed))

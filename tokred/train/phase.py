@@ -31,6 +31,7 @@ _RANGES: dict[str, tuple[Callable, str]] = {
   "loss.label_smoothing": (lambda value: 0 <= value < 1, "0 up to, not including, 1"),
   "loss.temperature": (lambda value: value > 0, "above 0"),
 }
+TAUGHT = ("distill_logits", "distill_tokens", "distill_tokens_kl", "recalibration")  # terms that ask a teacher
 _CLASSIFIER_TERMS = (
   "distill_tokens", "distill_tokens_kl", "recalibration", "consistency", "full_cross_entropy", "full_distill",
 )  # fmt: skip
@@ -151,6 +152,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.loss.less={value!r}; valid: -1, or a number of tokens, 0 or more")
     elif not 0 <= value < float("inf"):
       raise ValueError(f"config.loss.{field}={value!r}; valid: a finite number, 0 or more")
+  if config.teacher and not any(config.loss[term] for term in TAUGHT):
+    raise ValueError(
+      f"config.teacher={config.teacher!r} has nothing to teach; give a term of config.loss that asks it a weight "
+      f"({', '.join(TAUGHT)}), or leave it ''"
+    )
 
 
 def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
