@@ -59,6 +59,14 @@ MISTAKES = {
     learned(rates={"freeze_step": 7}),
     ["config.rates.freeze_step=7 but the run has 6 steps", r"valid: 0 \(never\) to 6"],
   ),
+  "counts that fall behind the end": (
+    site(rate="scheduled", schedule=(0, 7)),
+    [r"config.sites.prune.schedule=\(0, 7\) ends at step 7, but the run has 6 steps", "valid: up to 6"],
+  ),
+  "a temperature that falls behind the end": (
+    site(reducer="gumbel", anneal=(("temperature", 2.0, 1.0, 0, 7),)),
+    [r"config.sites.prune.anneal=.* ends at step 7, but the run has 6 steps", "valid: up to 6"],
+  ),
   "adapters": (
     {"lora": {"rank": 2, "train": (r"haed/.*", r"(.*/)?reduce/.*")}},
     [r"config.lora.train: 'haed/\.\*' matches none", "valid are paths such as"],

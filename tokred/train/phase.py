@@ -56,6 +56,7 @@ class Phase:
   ):
     self.model, self.mesh, self.mode, self.rows = build(config), mesh, config.train.mode, rows
     _check_sites(config, self.module, frozen)
+    _check_ends(config, total_steps)
     self.scheduled = {spot.site for spot in self.module.sites.spots if spot.rate == "scheduled"}
     params = jax.eval_shape(lambda: init(self.module, config.seed))
     whole = jax.eval_shape(self.adapted, params)
@@ -157,6 +158,18 @@ def check(config: ConfigDict) -> None:
       f"config.teacher={config.teacher!r} has nothing to teach; give a term of config.loss that asks it a weight "
       f"({', '.join(TAUGHT)}), or leave it ''"
     )
+
+
+def _check_ends(config: ConfigDict, total_steps: int) -> None:
+  """Raises ValueError where what moves while training would not get to its end, which is what ships."""
+  for name, site in config.sites.items():
+    anneal = [entry[-1] for entry in site.get("anneal", ())]
+    for field, end in (("schedule", site.get("schedule", (0, 0))[1]), ("anneal", max(anneal, default=0))):
+      if end > total_steps:
+        raise ValueError(
+          f"config.sites.{name}.{field}={site[field]!r} ends at step {end}, but the run has {total_steps} steps "
+          f"(config.train.steps or epochs), and what ships is its end; valid: up to {total_steps}"
+        )
 
 
 def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
