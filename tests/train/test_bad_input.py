@@ -51,6 +51,10 @@ MISTAKES = {
   "batch": ({"train": {"batch_size": 12}}, ["batch_size=12", "not divisible by 8", "nearest valid: 8 or 16"]),
   "micro-batch": ({"train": {"accumulate": 3}}, ["batch_size=8", "accumulate=3", "nearest valid: 24"]),
   "classes": ({"model": {"num_classes": 9}}, ["config.model.num_classes=9", "digits has 10 classes"]),
+  "labels": (
+    {"data": {"labels": ("a", "b")}},
+    [r"config.data.labels=\('a', 'b'\) are 2 names; valid: 10, one a class"],
+  ),
   "split": ({"data": {"train_split": "trian"}}, ["config.data.train_split='trian'", "valid: train, test"]),
   "no folder": ({"data": {"name": "image_folder", "data_dir": "nowhere"}}, ["config.data.data_dir='nowhere'"]),
   "optimiser": ({"optim": {"name": "adamww"}}, ["config.optim.name='adamww'", "did you mean 'adamw'"]),

@@ -153,6 +153,9 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.loss.less={value!r}; valid: -1, or a number of tokens, 0 or more")
     elif not 0 <= value < float("inf"):
       raise ValueError(f"config.loss.{field}={value!r}; valid: a finite number, 0 or more")
+  labels, classes = config.data.labels, config.model.num_classes
+  if labels and config.model.name == "vit" and len(labels) != classes:
+    raise ValueError(f"config.data.labels={labels!r} are {len(labels)} names; valid: {classes}, one a class, or ()")
   if config.teacher and not any(config.loss[term] for term in TAUGHT):
     raise ValueError(
       f"config.teacher={config.teacher!r} has nothing to teach; give a term of config.loss that asks it a weight "
