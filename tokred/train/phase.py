@@ -22,13 +22,15 @@ from tokred.train.step import State, init_state, make_step
 
 _AT_LEAST_0: tuple[Callable, str] = (lambda value: value >= 0, "0 or more")
 _AT_LEAST_1: tuple[Callable, str] = (lambda value: value >= 1, "1 or more")
+_BELOW_1: tuple[Callable, str] = (lambda value: 0 <= value < 1, "0 up to, not including, 1")
 _RANGES: dict[str, tuple[Callable, str]] = {
   **{f"train.{name}": _AT_LEAST_1 for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints")},
   **{name: _AT_LEAST_1 for name in ("eval.batch_size", "rates.multiple_of")},
   **{name: _AT_LEAST_0 for name in ("seed", "train.steps", "train.eval_every", "rates.freeze_step")},
   "train.mode": (lambda value: value in ("mask", "gather"), "mask, gather"),
-  "optim.ema": (lambda value: 0 <= value < 1, "0 up to, not including, 1"),
-  "loss.label_smoothing": (lambda value: 0 <= value < 1, "0 up to, not including, 1"),
+  **{f"optim.{name}": _BELOW_1 for name in ("ema", "b1", "b2")},
+  **{f"loss.{name}": _BELOW_1 for name in ("label_smoothing", "confidence")},
+  **{f"loss.{name}": (lambda value: 0 <= value <= 1, "0 to 1") for name in ("min_share", "halting_depth")},
   "loss.temperature": (lambda value: value > 0, "above 0"),
 }
 TAUGHT = ("distill_logits", "distill_tokens", "distill_tokens_kl", "recalibration")  # terms that ask a teacher
