@@ -83,6 +83,7 @@ MISTAKES = {
   "batch of 0": ({"train": {"batch_size": 0}}, ["config.train.batch_size=0", "1 or more"]),
   "negative steps": ({"train": {"steps": -1}}, ["config.train.steps=-1", "0 or more"]),
   "no epoch": ({"train": {"steps": 0, "epochs": 0.01}}, ["config.train.epochs=0.01", "less than one step"]),
+  "no end": ({"train": {"steps": 0, "epochs": float("inf")}}, ["config.train.epochs=inf; valid: a finite number"]),
   "evaluation": ({"eval": {"batch_size": 0}}, ["config.eval.batch_size=0"]),
   "average": ({"optim": {"ema": 1.0}}, ["config.optim.ema=1.0"]),
   "moments": ({"optim": {"b1": 1.0}}, ["config.optim.b1=1.0; valid: 0 up to, not including, 1"]),
