@@ -3,6 +3,9 @@
 import functools
 import json
 import math
+import os
+import shutil
+import signal
 
 import jax
 import micro
@@ -269,6 +272,16 @@ def test_resuming_equals_not_stopping(run, stop_at, tmp_path, capfd):
   assert resumed | {"seconds": 0} == summary | {"seconds": 0}
   assert train(config, tmp_path) | {"seconds": 0} == summary | {"seconds": 0}  # finished: evaluated again, no step
   micro.assert_same_run(whole, tmp_path)
+
+
+def test_a_signal_while_the_last_checkpoint_is_written(run, monkeypatch, tmp_path):
+  workdir = shutil.copytree(run("dense")[0], tmp_path / "run")
+  shutil.rmtree(workdir / checkpoint.FOLDER / "6")
+  real, kill = checkpoint.Checkpoints.save, lambda: os.kill(os.getpid(), signal.SIGTERM)
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda *args, **kwargs: (real(*args, **kwargs), kill()))
+  with pytest.raises(Stopped):
+    train(micro.config(), workdir)
+  assert checkpoint.steps(workdir / checkpoint.FOLDER)[-1] == 6
 
 
 def test_accumulation_changes_rounding_only(one_device, tmp_path):

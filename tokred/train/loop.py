@@ -126,15 +126,15 @@ class _Run:
           last = self._report(last)
           result = self.evaluate(state)
           self.log.write(step, {name: result[name] for name in ("accuracy", "loss")}, prefix="eval/")
-        leave = asked(step)
-        if step % c.train.checkpoint_every == 0 or step == self.total or leave:
+        leave, done = asked(step), step == self.total
+        if step % c.train.checkpoint_every == 0 or done or leave:
           last = self._report(last)  # nothing is saved that is not known to be good
-          state = self._frozen(state, step) if step == self.total else state
-          self.saved.save(step, state, data_state=data_state, config=self.phase.config, wait=leave)
+          state = self._frozen(state, step) if done else state
+          self.saved.save(step, state, data_state=data_state, config=self.phase.config, wait=leave or done)
+          leave = leave or (done and asked(step))  # the last one may take minutes
         if leave:
           self.log.message(f"SIGTERM: saved step {step} of {self.total}; the same command goes on from there")
           raise Stopped(143)
-      self.saved.wait()
     return state
 
   def evaluate(self, state: Any, final: bool = False) -> dict[str, Any]:
