@@ -126,6 +126,16 @@ def test_all_platforms_at_once(exports):
   assert jax.export.deserialize(bytearray(function)).platforms == ("cpu", "cuda", "tpu")
 
 
+def test_a_function_for_other_platforms_is_not_run_here(tmp_path):
+  """Written on a CPU for a TPU: the parameters are compared, and who asks for the function is told."""
+  model, folder = make({}), tmp_path / "exported"
+  export.save(model, folder, platforms=("tpu",))
+  assert export.compare(folder, IMAGES, np.asarray(model(IMAGES).logits)).keys() == {"orbax"}
+  for read in (export.load_stablehlo, lambda path: export.load(path, "stablehlo")):
+    with pytest.raises(ExportError, match="exported was exported for tpu, and this is cpu"):
+      read(folder)
+
+
 def test_an_export_is_replaced(plain):
   other = make({}, seed=1)
   (plain / "params" / "old").write_text("of the first export")

@@ -8,6 +8,7 @@ from typing import Any
 from tokred import bench, export
 from tokred.data import label_names
 from tokred.evaluate import evaluate, examples, prompts
+from tokred.export import functions
 from tokred.export.generation import save_generation
 from tokred.model import Model, freeze
 
@@ -62,4 +63,7 @@ def language(models: Sequence[Model], output: str, *, batch_size: int = 1, **opt
   kinds = dict(prompt_length=asked["ids"].shape[1], prompts=asked, images=images, batch_size=batch_size)
   words = models[0].config.text.tokenizer
   card = save_generation(models, output, words=words if Path(words).is_file() else None, **kinds, **options)
-  return f"image tokens {card['counts']}: greedy tokens on real prompts are the same from a fresh process"
+  told = "greedy tokens on real prompts are the same from a fresh process"
+  if functions.here() not in card["platforms"]:
+    told = f"for {', '.join(card['platforms'])}, and not run here"
+  return f"image tokens {card['counts']}: {told}"

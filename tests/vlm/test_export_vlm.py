@@ -104,6 +104,12 @@ def test_classes_of_a_model_that_answers(monkeypatch):
     predict.main(["--model=run", "cat.jpg"])
 
 
+def test_functions_for_other_platforms_are_not_run_here(tmp_path):
+  save_generation(model(), tmp_path / "new", **SIZES, prompts=prompts(), platforms=["tpu"])
+  with pytest.raises(ExportError, match="new was exported for tpu, and this is cpu"):
+    open_generation(tmp_path / "new")
+
+
 def test_bad_exports(folder, tmp_path):
   with pytest.raises(ValueError, match=r"prompt_length=16; valid: 17 or more"):
     save_generation(model(), tmp_path / "new", **SIZES | dict(prompt_length=16))

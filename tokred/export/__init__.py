@@ -49,7 +49,7 @@ from tokred.export.folder import (
   read_card,
   replacing,
 )
-from tokred.export.functions import PLATFORMS
+from tokred.export.functions import PLATFORMS, here
 from tokred.export.runtime import Exported, Scores, load_exported, load_onnx, load_stablehlo
 from tokred.model import Model, build, freeze
 from tokred.pretrained.arrays import read_safetensors
@@ -105,7 +105,8 @@ def save(
     preprocess: functions take uint8 images of the model's size, normalise them and give probabilities.
     accuracy: of the frozen model, for the card.
     images: real ones, (B, height, width, channels) float32 as the model takes them: every format is compared with the
-      model in a fresh process before the folder takes its name, and the card tells the largest difference.
+      model in a fresh process before the folder takes its name, and the card tells the largest difference; a StableHLO
+      function that is for other platforms alone cannot be.
     latency: rows of `tokred.bench.compare` as dicts, for the card.
 
   Returns:
@@ -139,7 +140,7 @@ def save(
     "dtype": dtype or f"{model.config.model.dtype}, weights float32",
     "batch_size": batch_size,
     "preprocess": preprocess,
-    "platforms": list(platforms or [jax.default_backend().replace("gpu", "cuda")]),
+    "platforms": list(platforms or [here()]),
     "opset": opset,
     "latency": list(latency),
     "config": stored.config.to_dict(),
@@ -247,7 +248,7 @@ def load(directory: str | os.PathLike[str], format: str | None = None) -> Model 
 
 
 def compare(directory: str | os.PathLike[str], images: np.ndarray, logits: np.ndarray) -> dict[str, dict[str, float]]:
-  """Each format against given logits, by its name.
+  """Each format against given logits, by its name; a StableHLO function for other platforms is left out.
 
   Returns:
     difference: the largest absolute one, of the logits, or of the probabilities where the function gives these;
@@ -255,6 +256,8 @@ def compare(directory: str | os.PathLike[str], images: np.ndarray, logits: np.nd
   """
   card, out = read_card(directory), {}
   for name in card["formats"]:
+    if name == "stablehlo" and here() not in card["platforms"]:
+      continue
     model = load(directory, name)
     found, wanted = model(images), np.asarray(logits)
     if isinstance(model, Exported) and card.get("preprocess"):

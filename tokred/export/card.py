@@ -63,7 +63,7 @@ def _formats(card: dict[str, Any]) -> str:
     found = (verified or {}).get("formats", {}).get(name)
     rows.append((file, what, *((f"{found['difference']:.1e}", f"{found['agreement']:.2%}") if found else ("-", "-"))))
   text = "## Files\n\n" + _table(("file", "what", "largest difference", "same first class"), rows)
-  if verified:
+  if verified and verified["formats"]:
     text += (
       f"\n\nCompared in a fresh process with the trained model, on {verified['images']} images: logits, or "
       "probabilities where the function gives these."

@@ -20,6 +20,11 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 ONE_FILE = 1 << 30  # bytes of weights beyond which an ONNX graph keeps them in a file beside it; protobuf ends at 2 GiB
 
 
+def here() -> str:
+  """Which of PLATFORMS this is."""
+  return jax_export.default_export_platform()
+
+
 def in_dtype(model: Model, dtype: str) -> Model:
   """The model with activations and stored weights of a dtype."""
   config = model.config.to_dict()

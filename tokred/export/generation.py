@@ -34,7 +34,7 @@ import tokred
 from tokred import files, run_dir
 from tokred.export.folder import LANGUAGE_CARD as CARD
 from tokred.export.folder import WEIGHTS, ExportError, check_replaceable, replacing
-from tokred.export.functions import PLATFORMS
+from tokred.export.functions import PLATFORMS, here
 from tokred.model import Reader, build, freeze
 from tokred.tokens import Tokens
 
@@ -64,7 +64,7 @@ def save_generation(
     batch_size: rows.
     platforms: of "cpu", "cuda", "rocm", "tpu"; None: this one.
     prompts: ids (batch, tokens) and images to compare greedy tokens with, in a fresh process, before the folder takes
-      its name; also mask, if not all ids are there.
+      its name; also mask, if not all ids are there.  Functions for other platforms alone are not compared.
     words: file of `data.tokenizers.WordTokenizer` that the ids come from; the folder gets a copy.
 
   Returns:
@@ -84,7 +84,7 @@ def save_generation(
     tokred=tokred.__version__, counts=sorted(frozen), prompt_length=prompt_length, max_new_tokens=max_new_tokens,
     images=images, batch_size=batch_size, patches=s.grid[0] * s.grid[1], image_token=first.module.image_token,
     image_size=list(first.config.model.image_size), channels=s.channels, vocab=first.module.llm.shape.vocab,
-    platforms=list(platforms or [jax.default_backend().replace("gpu", "cuda")]),
+    platforms=list(platforms or [here()]),
     config={count: model.config.to_dict() for count, model in frozen.items()}, cache_bytes={},
   )  # fmt: skip
   with replacing(Path(directory).absolute()) as temporary:
@@ -100,7 +100,7 @@ def save_generation(
     if words is not None:
       shutil.copyfile(words, temporary / run_dir.WORDS)
     files.write_manifest(temporary)
-    if prompts is not None:
+    if prompts is not None and here() in card["platforms"]:
       write = lambda model: model.write(prompts["ids"], prompts["images"], prompts.get("mask"), max_new_tokens)  # noqa: E731
       _compare(temporary, prompts, {count: np.asarray(write(model).tokens) for count, model in frozen.items()})
   return card
@@ -187,9 +187,8 @@ def open_generation(directory: str | os.PathLike[str]) -> Generation:
     raise ExportError(f"{directory} holds no export of a vision-language model: {error}") from None
   if damage := files.find_damage(directory):
     raise ExportError(f"{directory} is damaged: {damage}")
-  here = jax.default_backend().replace("gpu", "cuda")
-  if here not in card["platforms"]:
-    raise ExportError(f"{directory} was exported for {', '.join(card['platforms'])}, and this is {here}")
+  if here() not in card["platforms"]:
+    raise ExportError(f"{directory} was exported for {', '.join(card['platforms'])}, and this is {here()}")
   read = lambda path: jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)  # noqa: E731
   functions = {n: {name: read(directory / str(n) / f"{name}.stablehlo") for name in PARTS} for n in card["counts"]}
   return Generation(card, {name: jnp.asarray(a) for name, a in load_file(directory / WEIGHTS).items()}, functions)

@@ -17,6 +17,7 @@ from tokred import memory
 from tokred.config import complete
 from tokred.data.batches import mean_std, normalise
 from tokred.export.folder import FUNCTION, GRAPH, ExportError, read_card
+from tokred.export.functions import here
 
 
 @struct.dataclass
@@ -97,7 +98,7 @@ class Exported:
 def load_exported(directory: str | os.PathLike[str], format: str) -> Exported:
   """The function of an export; `format` is "stablehlo" or "onnx"."""
   card = read_card(directory, format)
-  function = _stablehlo(directory) if format == "stablehlo" else _onnx(directory)
+  function = _stablehlo(directory, card) if format == "stablehlo" else _onnx(directory)
   return Exported(complete(card["config"]), card, format, function)
 
 
@@ -106,8 +107,7 @@ def load_stablehlo(directory: str | os.PathLike[str]) -> Callable[[Any], jax.Arr
 
   Logits of normalised float32, or with `preprocess` probabilities of uint8.
   """
-  read_card(directory, "stablehlo")
-  return _stablehlo(directory)
+  return _stablehlo(directory, read_card(directory, "stablehlo"))
 
 
 def load_onnx(directory: str | os.PathLike[str]) -> Callable[[Any], np.ndarray]:
@@ -116,7 +116,9 @@ def load_onnx(directory: str | os.PathLike[str]) -> Callable[[Any], np.ndarray]:
   return _onnx(directory)
 
 
-def _stablehlo(directory: str | os.PathLike[str]) -> Callable[[Any], jax.Array]:
+def _stablehlo(directory: str | os.PathLike[str], card: dict[str, Any]) -> Callable[[Any], jax.Array]:
+  if here() not in card["platforms"]:
+    raise ExportError(f"{directory} was exported for {', '.join(card['platforms'])}, and this is {here()}")
   memory.keep_freed()
   return jax.jit(jax_export.deserialize(bytearray((Path(directory) / FUNCTION).read_bytes())).call)
 
