@@ -136,6 +136,17 @@ def test_a_function_for_other_platforms_is_not_run_here(tmp_path):
       read(folder)
 
 
+def test_what_went_wrong_in_the_fresh_process_is_told(tmp_path):
+  """A function that fails within JAX, whose tracebacks end with a word on themselves."""
+  model, folder = make({}), tmp_path / "exported"
+  export.save(model, folder, ("stablehlo",), platforms=("tpu",))
+  card = json.loads((folder / "tokred.json").read_text())
+  (folder / "tokred.json").write_text(json.dumps(card | {"platforms": ["cpu"]}))
+  files.write_manifest(folder)
+  with pytest.raises(ExportError, match=r"does not run in a fresh process: ValueError: .*tpu"):
+    export.verify(folder, IMAGES, np.asarray(model(IMAGES).logits))
+
+
 def test_an_export_is_replaced(plain):
   other = make({}, seed=1)
   (plain / "params" / "old").write_text("of the first export")

@@ -38,6 +38,7 @@ from tokred.export.card import markdown
 from tokred.export.folder import (
   CARD,
   FORMATS,
+  FRESH,
   FUNCTION,
   GRAPH,
   PARAMS,
@@ -288,7 +289,7 @@ def _verify(directory: str | os.PathLike[str], images: np.ndarray, logits: Any) 
     recorded = Path(folder) / "recorded.npz"
     np.savez(recorded, images=images, logits=np.asarray(logits))
     command = [sys.executable, "-m", "tokred.export", str(directory), str(recorded)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | FRESH)
   if done.returncode:
     reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     raise ExportError(f"{directory} does not run in a fresh process: {reason}")

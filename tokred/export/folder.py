@@ -19,6 +19,10 @@ OURS = {CARD, LANGUAGE_CARD, README, PARAMS, WEIGHTS, FUNCTION, GRAPH, GRAPH_DAT
 FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")
 
 
+# Of the process that compares: an error ends with what happened, and not with how JAX has shortened its traceback.
+FRESH = {"JAX_TRACEBACK_FILTERING": "off"}
+
+
 class ExportError(ValueError):
   """An export that cannot be written, or must not be run."""
 

@@ -32,8 +32,8 @@ from safetensors.numpy import load_file, save_file
 
 import tokred
 from tokred import files, run_dir
+from tokred.export.folder import FRESH, WEIGHTS, ExportError, check_replaceable, replacing
 from tokred.export.folder import LANGUAGE_CARD as CARD
-from tokred.export.folder import WEIGHTS, ExportError, check_replaceable, replacing
 from tokred.export.functions import PLATFORMS, here
 from tokred.model import Reader, build, freeze
 from tokred.tokens import Tokens
@@ -285,7 +285,7 @@ def _compare(directory: Path, prompts: dict[str, np.ndarray], wanted: dict[int, 
     file = Path(folder) / "prompts.npz"
     np.savez(file, **prompts)
     command = [sys.executable, "-m", "tokred.export.generation", str(directory), str(file)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | FRESH)
   if run.returncode:
     raise ExportError(f"{directory} does not run in a fresh process: {(run.stderr.strip().splitlines() or ['?'])[-1]}")
   got = json.loads(run.stdout.strip().splitlines()[-1])
