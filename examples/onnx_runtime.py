@@ -13,10 +13,13 @@ from PIL import Image
 
 
 def read(file, config):
-  """The image as the model saw it in evaluation: float32 (1, height, width, channels), normalised."""
+  """The image as the model saw it in evaluation, before normalisation: uint8 (1, height, width, channels)."""
   model, data = config["model"], config["data"]
   height, width = model["image_size"]
-  picture = Image.open(file).convert("RGB" if model["channels"] == 3 else "L")
+  picture = Image.open(file)
+  if picture.mode.startswith("I"):  # 16 bits, of which the upper byte counts: convert would clip at 255
+    picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+  picture = picture.convert("RGB" if model["channels"] == 3 else "L")
   size = [width, height]
   if data["crop_fraction"]:  # 0: squeezed; else resized until the crop is covered
     scale = max(int(side / data["crop_fraction"]) / s for side, s in zip(size, picture.size, strict=True))
@@ -24,18 +27,21 @@ def read(file, config):
   if size != list(picture.size):
     picture = picture.resize(size, Image.Resampling[data["resize"].upper()])
   left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-  pixels = np.asarray(picture.crop((left, top, left + width, top + height))).reshape(1, height, width, -1)
-  mean, std = (np.array(data[name][: model["channels"]]) for name in ("mean", "std"))
-  return ((pixels / 255 - mean) / std).astype(np.float32)
+  return np.asarray(picture.crop((left, top, left + width, top + height))).reshape(1, height, width, -1)
 
 
 def main(folder, file):
   card = json.loads((Path(folder) / "tokred.json").read_text())
+  data, images = card["config"]["data"], read(file, card["config"])
+  if not card["preprocess"]:  # else the graph normalises, and gives probabilities
+    mean, std = (np.array(data[name][: images.shape[-1]]) for name in ("mean", "std"))
+    images = ((images / 255 - mean) / std).astype(np.float32)
   session = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"))
-  (logits,) = session.run(None, {"images": read(file, card["config"])})[0]
-  share = np.exp(logits - logits.max())
-  share /= share.sum()
-  labels = card["config"]["data"]["labels"] or [str(index) for index in range(len(share))]
+  share = session.run(None, {"images": np.repeat(images, card["batch_size"] or 1, axis=0)})[0][0]
+  if not card["preprocess"]:
+    share = np.exp(share - share.max())
+    share /= share.sum()
+  labels = data["labels"] or [str(index) for index in range(len(share))]
   for index in np.argsort(-share, kind="stable")[:5]:
     print(f"{share[index]:7.2%}  {labels[index]}")
 

@@ -245,22 +245,25 @@ def test_a_known_data_set_is_not_fetched_for_its_names():
   assert names[:3] == ("T-shirt/top", "Trouser", "Pullover")
 
 
-@pytest.mark.parametrize("crop_fraction", [1.0, 0.0])
-def test_the_onnx_example_runs_without_jax(folder, tmp_path, crop_fraction):
-  """On a photograph of another size and shape, which it has to fit as tokred does."""
+@pytest.mark.parametrize(
+  "name, crop_fraction, shape, dtype",
+  [("full", 1.0, (13, 20, 3), np.uint8), ("full", 0.0, (13, 20, 3), np.uint8), ("baked", 1.0, (8, 8), np.uint16)],
+)
+def test_the_onnx_example_runs_without_jax(folder, tmp_path, name, crop_fraction, shape, dtype):
+  """On a photograph of another size and shape, which it has to fit as tokred does; on two pixel images of 16 bits."""
   photo = tmp_path / "photo.png"
-  card = json.loads((folder / "full" / "tokred.json").read_text())
+  card = json.loads((folder / name / "tokred.json").read_text())
   card["config"]["data"]["crop_fraction"] = crop_fraction
   (tmp_path / "tokred.json").write_text(json.dumps(card))
-  shutil.copy(folder / "full" / "model.onnx", tmp_path)
-  Image.fromarray(np.random.default_rng(1).integers(0, 256, (13, 20, 3), np.uint8)).save(photo)
+  shutil.copy(folder / name / "model.onnx", tmp_path)
+  Image.fromarray(np.random.default_rng(1).integers(0, np.iinfo(dtype).max, shape, dtype)).save(photo)
   block = "import sys; sys.modules.update(jax=None, flax=None, tokred=None); import runpy; sys.argv = sys.argv[1:]; "
   block += "runpy.run_path(sys.argv[0], run_name='__main__')"
   arguments = (ROOT / "examples" / "onnx_runtime.py", tmp_path, photo)
   done = subprocess.run([sys.executable, "-c", block, *map(str, arguments)], capture_output=True, text=True, cwd=folder)
   assert done.returncode == 0, done.stderr
   found = [(name, float(share.rstrip("%")) / 100) for share, name in map(str.split, done.stdout.splitlines())]
-  loaded = tokred.load(folder / "full")
+  loaded = tokred.load(folder / name)
   with loaded.config.unlocked():
     loaded.config.data.crop_fraction = crop_fraction
   (wanted,) = predict.predict(loaded, predict.read_image(photo, loaded.config)[None])
