@@ -14,12 +14,13 @@ import urllib.request
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import tokred
-from tokred import bench, export, predict
+from tokred import bench, export, predict, publish
 from tokred.export import ExportError
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +93,19 @@ def test_any_format_is_loaded_by_name(folder, logits):
     assert isinstance(loaded, tokred.Model if name in ("orbax", "safetensors") else export.Exported)
     assert np.abs(np.asarray(loaded(IMAGES).logits) - logits).max() < 1e-5
   assert isinstance(tokred.load(folder / "full"), tokred.Model)
+
+
+def test_what_a_card_tells_of_accuracy_and_speed_is_of_the_dtype_that_ships(model, tmp_path, monkeypatch):
+  seen = []
+  monkeypatch.setattr(publish, "examples", lambda model, number: (IMAGES, None))
+  monkeypatch.setattr(publish, "evaluate", lambda model: seen.append(model) or {"accuracy": 1.0})
+  monkeypatch.setattr(publish.bench, "compare", lambda model, dense, *_, **__: seen.extend((model, dense)) or [])
+  monkeypatch.setattr(publish.export, "save", lambda *_, **__: None)
+  monkeypatch.setattr(publish.export, "read_card", lambda _: {"verified": {"formats": {}}})
+  publish.classifier(model, model.with_sites({}), str(tmp_path), ("orbax",), (1,), dtype="bfloat16")
+  assert [each.config.model.dtype for each in seen] == ["bfloat16"] * 3
+  rounded = lambda leaf: np.array_equal(leaf, jnp.asarray(leaf, jnp.bfloat16))  # noqa: E731
+  assert all(rounded(leaf) for each in seen for leaf in jax.tree.leaves(each.params))
 
 
 def test_weights_alone_are_a_model(folder, logits):

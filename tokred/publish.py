@@ -33,6 +33,9 @@ def classifier(
   with trained.config.unlocked():
     trained.config.data.labels = label_names(trained.config.data)
   frozen = freeze(trained)
+  if dtype := options.get("dtype"):  # the card tells of what ships
+    frozen = export.in_memory(functions.in_dtype(frozen, dtype))
+    dense = dense and export.in_memory(functions.in_dtype(dense, dtype))
   images, _ = examples(frozen, options.get("batch_size") or 64)
   times = bench.compare(frozen, dense, latency, rounds=5) if latency else []
   measured = dict(accuracy=evaluate(frozen)["accuracy"], latency=[dataclasses.asdict(row) for row in times])
