@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
   from tokred import publish
   from tokred.config import refuse
 
-  functions = dict(batch_size=_BATCH_SIZE.value, platforms=_PLATFORMS.value, dtype=_DTYPE.value)
+  functions = dict(batch_size=_BATCH_SIZE.value, platforms=_PLATFORMS.value)
+  functions |= dict(dtype=_DTYPE.value, preprocess=_PREPROCESS.value)
   try:
     tokred.export.check(_OUTPUT.value, _FORMATS.value, **functions)
     trained = tokred.load(_WORKDIR.value)
@@ -50,7 +51,6 @@ def main(argv: list[str]) -> None:
       refuse(flags.FLAGS, ["method", "keep", "max_new_tokens"], "a model of images alone")
       sizes = [int(size) for size in _LATENCY.value]
       dense = tokred.load(_WORKDIR.value, sites={}) if sizes else None
-      functions |= dict(preprocess=_PREPROCESS.value)
       told = publish.classifier(trained, dense, _OUTPUT.value, _FORMATS.value, sizes, **functions)
   except (ValueError, OSError) as error:
     sys.exit(f"export.py: {' '.join(str(error).split())}")

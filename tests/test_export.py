@@ -177,6 +177,9 @@ def test_other_folders_are_left_alone(plain, tmp_path):
     (dict(formats=()), "must be a list of names; valid: orbax, stablehlo"),
     (dict(platforms=("cpu", "gpu")), "platforms has 'gpu'; .*valid: cpu, cuda, rocm, tpu"),
     (dict(batch_size=0), "batch_size=0; valid: 1 or more"),
+    (dict(formats=("orbax",), batch_size=2), "batch_size=2 is of a function, and formats=orbax has none; .* or onnx"),
+    (dict(formats=("onnx",), platforms=("tpu",)), "platforms=.*formats=onnx has none; leave it out, or add stablehlo$"),
+    (dict(formats=("orbax",), preprocess=True), "preprocess=True is of a function"),
     (dict(dtype="float16"), "dtype='float16'; did you mean 'bfloat16'.*valid: bfloat16, float32"),
   ],
 )

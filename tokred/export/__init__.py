@@ -114,10 +114,11 @@ def save(
     The frozen model, as it was written.
 
   Raises:
-    ValueError: an unknown format, platform or dtype, no parameters, or a directory that holds something else.
+    ValueError: an unknown format, platform or dtype, an argument of functions where there are none, no parameters, or
+      a directory that holds something else.
     ExportError: the directory cannot be written, or does not run; what was there before is still there.
   """
-  check(directory, formats, batch_size=batch_size, platforms=platforms, dtype=dtype)
+  check(directory, formats, batch_size=batch_size, platforms=platforms, dtype=dtype, preprocess=preprocess)
   source, trained, directory = model.config, model, Path(directory).absolute()
   model = freeze(model)
   if model.params is None:
@@ -173,6 +174,7 @@ def check(
   batch_size: int | None = None,
   platforms: Sequence[str] | None = None,
   dtype: str | None = None,
+  preprocess: bool = False,
 ) -> None:
   """What `save` checks before it begins; for programs that have long work to do before.
 
@@ -189,6 +191,13 @@ def check(
     raise ValueError(f"batch_size={batch_size}; valid: 1 or more, or None for any")
   if dtype not in (None, *DTYPES):
     raise ValueError(f"dtype={dtype!r}; {nearest(dtype, DTYPES)}")
+  for field, value in dict(batch_size=batch_size, preprocess=preprocess or None, platforms=platforms).items():
+    takers = ("stablehlo",) if field == "platforms" else ("stablehlo", "onnx")
+    if value is not None and not set(takers) & set(formats):
+      raise ValueError(
+        f"{field}={value!r} is of a function, and formats={','.join(formats)} has none; leave it out, or add "
+        f"{' or '.join(takers)}"
+      )
   check_replaceable(Path(directory).absolute())
   if "onnx" in formats:
     functions.check_onnx()
