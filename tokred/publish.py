@@ -44,7 +44,7 @@ def classifier(
   differences = {name: values["difference"] for name, values in found.items()}
   return (
     f"tokens after each block {frozen.counts}, {frozen.flops / 1e9:.4g} GFLOPs, accuracy {measured['accuracy']:.4f}\n"
-    f"largest difference of the logits, from a fresh process, on {len(images)} real images: {differences}"
+    f"largest difference from the trained model, in a fresh process, on {len(images)} real images: {differences}"
   )
 
 
