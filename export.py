@@ -35,6 +35,8 @@ def main(argv: list[str]) -> None:
   functions |= dict(dtype=_DTYPE.value, preprocess=_PREPROCESS.value)
   try:
     tokred.export.check(_OUTPUT.value, _FORMATS.value, **functions)
+    if not all(size.isdecimal() for size in _LATENCY.value):
+      raise ValueError(f"--latency={','.join(_LATENCY.value)}; valid: batch sizes with commas between, or nothing")
     trained = tokred.load(_WORKDIR.value)
     if _DATA_DIR.value is not None:
       with trained.config.unlocked():

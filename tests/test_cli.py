@@ -96,10 +96,11 @@ def test_bench_prints_a_table_and_writes_json(call, exported, folder):
     (("eval.py", "--workdir=RUN", "--split=tset"), "eval.py: config.data.eval_split='tset'"),
     (("eval.py", "--workdir=RUN", "--keep=0.5"), "eval.py: --keep means nothing for a model of images alone"),
     (("export.py", "--workdir=RUN", "--output=NEW", "--formats=onyx"), "export.py: formats has 'onyx'"),
+    (("export.py", "--workdir=RUN", "--output=NEW", "--latency=1,b"), "export.py: --latency=1,b; valid: batch sizes"),
     (("export.py", "--workdir=RUN", "--output=RUN"), "export.py: .* is no export; choose another folder"),
     (("-m", "tokred.bench", "--model=NEW"), "tokred.bench: .*NEW is no run directory"),
   ],
-  ids=("another_config", "layer", "no_run", "split", "flag", "format", "output", "bench"),
+  ids=("another_config", "layer", "no_run", "split", "flag", "format", "latency", "output", "bench"),
 )
 def test_an_error_is_one_line(call, workdir, folder, command, message):
   command = [part.replace("=RUN", f"={workdir}").replace("=NEW", f"={folder / 'NEW'}") for part in command]
