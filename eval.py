@@ -51,11 +51,11 @@ def main(argv: list[str]) -> None:
     else:
       refuse(flags.FLAGS, ["methods", "keep", "times"], "a model of images alone")
       result = evaluate(model, _SPLIT.value, _BATCH_SIZE.value, _MODE.value)
+    print(json.dumps(result))
     if _OUTPUT.value:
       write_json(Path(_OUTPUT.value), result)
   except (ValueError, OSError) as error:
     sys.exit(f"eval.py: {' '.join(str(error).split())}")
-  print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def call(folder):
     assert (done.returncode != 0) == fails, done.stderr
     for noise in ("Unable to initialize", "RuntimeWarning", "Traceback"):
       assert noise not in done.stdout + done.stderr, done.stderr
-    return done.stderr if fails else done.stdout
+    return done.stdout + done.stderr if fails else done.stdout
 
   return call
 
@@ -77,6 +77,13 @@ def test_eval_gives_the_accuracy_of_the_summary_as_json(call, workdir, exported)
     assert result["accuracy"] == summary["accuracy"] and result["counts"] == summary["counts"]
   assert tokred.export.read_card(exported)["accuracy"] == summary["accuracy"]
   assert json.loads(call("eval.py", f"--workdir={exported}", "--split=test[:7]"))["examples"] == 7
+
+
+def test_a_result_that_cannot_be_written_is_printed_all_the_same(call, workdir, folder):
+  told, error = call(
+    "eval.py", f"--workdir={workdir}", f"--output={folder / 'NEW' / 'a.json'}", fails=True
+  ).splitlines()
+  assert json.loads(told)["examples"] == 20 and re.match("eval.py: .*No such file or directory", error)
 
 
 def test_bench_prints_a_table_and_writes_json(call, exported, folder):
