@@ -124,3 +124,6 @@ def test_nothing_to_evaluate(model):
     run(model.module, model.params, [], "gather")
   with pytest.raises(ValueError, match=r"test\[:0\].*no examples"):
     evaluate(model, "test[:0]")
+  for size in (0, -3):
+    with pytest.raises(ValueError, match=f"batch_size={size}; valid: 1 or more"):
+      evaluate(model, batch_size=size)

@@ -26,8 +26,10 @@ def judge(
     `times` also first_ms, prefill_ms, decode_ms, speedup, promised and cache_bytes of `tokred.bench_vlm.measure`.
 
   Raises:
-    ValueError: no examples, or a model without parameters.
+    ValueError: no examples, a batch size below 1, or a model without parameters.
   """
+  if batch_size is not None and batch_size < 1:
+    raise ValueError(f"batch_size={batch_size}; valid: 1 or more, or None for config.eval.batch_size")
   out = {}
   for name, model in models.items():
     if model.params is None:

@@ -233,4 +233,6 @@ def prompts(model: Model, number: int) -> dict[str, np.ndarray]:
 
 def _batches(model: Model, split: str | None, batch_size: int | None) -> Iterable[dict[str, np.ndarray]]:
   c = model.config
+  if batch_size is not None and batch_size < 1:
+    raise ValueError(f"batch_size={batch_size}; valid: 1 or more, or None for config.eval.batch_size")
   return feed(c, split or c.data.eval_split, train=False, batch_size=batch_size or c.eval.batch_size)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokred import vqa
+from tokred import budgets, vqa
 from tokred.config import complete
 from tokred.nn import placeholders, vlm
 
@@ -143,3 +143,5 @@ def test_bad_input():
   ):
     with pytest.raises(ValueError, match=r"the split has no (examples|answers) to evaluate"):
       empty()
+  with pytest.raises(ValueError, match="batch_size=0; valid: 1 or more"):
+    budgets.judge({}, batch_size=0)
