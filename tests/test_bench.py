@@ -91,6 +91,13 @@ def test_compare_measures_both_at_every_batch_size():
     assert r.pays == (r.speedup_low > 1)
 
 
+def test_a_baseline_of_another_dtype_is_told():
+  model, dense = Handle(1e9), Handle(2.5e9)
+  model.config.model.dtype = "bfloat16"
+  rows = compare(model, dense, (1,), rounds=1, min_seconds=0.0)
+  assert rows[0].dtype == "bfloat16 against float32" and "bfloat16 against float32, jax" in format_table(rows)
+
+
 def test_learned_rates_are_measured_as_they_ship(monkeypatch):
   """Frozen, and gathered: 10 of 17 tokens leave the block, in mask mode 17 would."""
   fields = dict(variant="mu/2", width=16, depth=2, num_heads=2, mlp_dim=32, image_size=(8, 8), num_classes=10)

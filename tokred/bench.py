@@ -40,7 +40,8 @@ class Row:
 
   Latency is the median time of one batch; images per second follow from it. `speedup` is the median over rounds of
   baseline time / model time, `speedup_low` and `speedup_high` are its quartiles, `promised` is baseline FLOPs / model
-  FLOPs. `pays`: the model was the faster one in at least three rounds of four (speedup_low > 1).
+  FLOPs. `pays`: the model was the faster one in at least three rounds of four (speedup_low > 1). `dtype` is that of
+  both, or "bfloat16 against float32".
   """
 
   batch_size: int
@@ -234,7 +235,7 @@ def _row(model: Any, baseline: Any, batch_size: int, timing: Timing, baseline_ti
     rounds=len(ratios),
     gflops=float(model.flops) / 1e9,
     baseline_gflops=float(baseline.flops) / 1e9,
-    dtype=str(model.config.model.dtype),
+    dtype=" against ".join(dict.fromkeys(str(each.config.model.dtype) for each in (model, baseline))),
     device=f"cpu, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
     jax_version=jax.__version__,
   )

@@ -178,9 +178,10 @@ def format_table(rows: Sequence[Row]) -> str:
   widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
   lines = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(cells, widths, strict=True)) + " |" for cells in table]
   lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
-  one = rows[0]
+  one, dtypes = rows[0], ", ".join(f"{row.name} {row.dtype}" for row in rows)
+  dtypes = dtypes if len({row.dtype for row in rows}) > 1 else one.dtype
   title = (
-    f"{one.device}, {one.dtype}, jax {jax.__version__}; {one.batch_size} prompts of {one.text} tokens and one image, "
+    f"{one.device}, {dtypes}, jax {jax.__version__}; {one.batch_size} prompts of {one.text} tokens and one image, "
     f"{one.new} tokens written; medians, functions in turns"
   )
   return "\n".join([title, "", *lines])

@@ -23,6 +23,8 @@ def test_table():
   cells = [cell.strip() for cell in row.split("|")[1:-1]]
   assert cells == ["half", "8", "4.00 ms", "2.00", "1.50 to 2.50", "2.25", "3.00 ms", "1.75", "0.50 ms", "2 MB"]
   assert bench_vlm.format_table([]) == ""
+  title = bench_vlm.format_table([ROW, dataclasses.replace(ROW, name="small", dtype="bfloat16")]).splitlines()[0]
+  assert title.startswith("cpu, 2 cores, half float32, small bfloat16, jax")
 
 
 def test_refusals():
