@@ -99,6 +99,20 @@ def test_speed_is_taken_later_without_training_again(swept, tmp_path):
   assert sweep.run(c, tmp_path) == timed  # and is not lost again
 
 
+def test_a_mean_over_seeds_is_of_equal_settings(swept, tmp_path, monkeypatch):
+  """Seed 2 goes with seed 1 and not with seed 0, which had another learning rate; what is not trained has one seed."""
+  c, dense = config(methods=("tome", "evit"), init=str(swept[0] / "dense")), tokred.load(swept[0] / "dense")
+  monkeypatch.setattr(sweep, "train", lambda *_: {"accuracy": 0.5, "seconds": 0.0})
+  monkeypatch.setattr(sweep.loading, "load", lambda path, sites=None: dense.with_sites(sites or {}))
+  monkeypatch.setattr(sweep.tokred_evaluate, "evaluate", lambda *_, **__: {"accuracy": 0.5, "seconds": 0.0})
+  found = []
+  for seed, lr in ((0, 1e-3), (1, 1e-4), (2, 1e-4)):
+    with c.unlocked():
+      c.seeds, c.finetune.optim.lr, c.bench.rounds = (seed,), lr, 0
+    found.append([(row["method"], row["seed"]) for row in sweep.run(c, tmp_path)])
+  assert found == [[("tome", 0), ("evit", 0)], [("tome", 1), ("evit", 1)], [("evit", 1), ("tome", 2), ("evit", 2)]]
+
+
 def test_the_table():
   common = dict(gflops=0.5, share=0.6, counts="65 30", speedup=1.5, device="cpu, 2 cores")
   common |= dict(images_per_second=700.0, dense_images_per_second=600.0)  # 1.5 x 600 is what the table says

@@ -178,8 +178,16 @@ def _one(
   row |= {"accuracy": result["accuracy"], "gflops": model.flops / 1e9, "share": model.macs / dense.macs}
   row |= {"counts": " ".join(map(str, model.counts)), "seconds": (done or result)["seconds"]}
   row |= {"steps": made.train.steps if trained else 0} | _speed(config, model, dense)
-  rows = [r for r in read(workdir / "results.csv") if tuple(r[k] for k in KEY) != (name, budget, seed)]
-  write(workdir, [*rows, row])
+
+  def goes_with(other: Mapping[str, Any]) -> bool:
+    """A mean over seeds is one of equal settings; runs of others stay in their folders alone."""
+    if (other["method"], other["budget"]) != (name, budget):
+      return True
+    if other["seed"] == seed or not trained:
+      return False
+    return other["digest"] == _digest(config, recipe(config, name, budget, other["seed"], init), method, trained)
+
+  write(workdir, [*filter(goes_with, read(workdir / "results.csv")), row])
   return row
 
 
