@@ -187,6 +187,13 @@ def test_plan_trains_over_seeds_and_evaluates_once():
   assert len(sweep.plan(c, ["evit", "tome+tuned"])) == 8
 
 
+@pytest.mark.parametrize("budget", [0.0, 1.0, 60.0])
+def test_a_budget_is_a_share(budget):
+  """Percent, for one: 60 times the dense cost is met by reducing nothing."""
+  with pytest.raises(ValueError, match=rf"budget={budget}; valid: a share .* above 0 and below 1"):
+    sweep.recipe(config(), "tome", budget, 0)
+
+
 def test_learned_rates_have_the_budget_as_their_target():
   c = sweep.recipe(config(), "diffrate", 0.9, 3, "somewhere")
   assert (c.loss.target, c.loss.budget, c.train.mode, c.seed, c.init) == (0.9, 20.0, "mask", 3, "somewhere")

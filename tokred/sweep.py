@@ -125,12 +125,14 @@ def recipe(config: ConfigDict, name: str, budget: float, seed: int, init: str = 
     init: the dense checkpoint.
 
   Raises:
-    ValueError: the method is unknown, or cannot reach the budget.
+    ValueError: the method is unknown, or cannot reach the budget, or this is no share.
   """
   base = name.removesuffix(TUNED)
   if base not in config.table:
     raise ValueError(f"{name!r} is not a method; {nearest(base, config.table)}")
   method, groups = config.table[base].to_dict(), default().to_dict().keys() - {"sites"}
+  if method["sites"] and not 0.0 < budget < 1.0:
+    raise ValueError(f"budget={budget}; valid: a share of the dense multiply-adds, above 0 and below 1")
   full = config.dense.to_dict()
   for changes in (config.finetune.to_dict(), method):
     for group, fields in changes.items():
