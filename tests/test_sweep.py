@@ -194,6 +194,23 @@ def test_a_budget_is_a_share(budget):
     sweep.recipe(config(), "tome", budget, 0)
 
 
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("budgets", (0.6, 5.0), r"config\.budgets=\(0\.6, 5\.0\); valid: shares of the dense multiply-adds"),
+    ("budgets", (), r"config\.budgets=\(\); valid: shares"),
+    ("seeds", (), r"config\.seeds=\(\); valid: one or more"),
+    ("bench", dict(rounds=1, batch_size=0), r"config\.bench\.batch_size=0; valid: 1 or more"),
+    ("bench", dict(rounds=-1), r"config\.bench\.rounds=-1; valid: 0 or more"),
+  ],
+)
+def test_what_cannot_be_run_is_told_before_anything_is_trained(field, value, message, tmp_path, monkeypatch):
+  monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("trained"))
+  with pytest.raises(ValueError, match=message):
+    sweep.run(config(**{field: value}), tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
 def test_learned_rates_have_the_budget_as_their_target():
   c = sweep.recipe(config(), "diffrate", 0.9, 3, "somewhere")
   assert (c.loss.target, c.loss.budget, c.train.mode, c.seed, c.init) == (0.9, 20.0, "mask", 3, "somewhere")

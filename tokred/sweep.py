@@ -60,11 +60,10 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[dict[str, A
     The rows of results.csv, those of earlier sweeps in the same directory included.
 
   Raises:
-    ValueError: an unknown method, or one whose reducer does not exist, before anything is trained; at the end, what
-      went wrong with single runs: the others are done then.
+    ValueError: an unknown method, one whose reducer does not exist, or what `plan` refuses, before anything is trained;
+      at the end, what went wrong with single runs: the others are done then.
   """
-  workdir = Path(workdir)
-  names = methods(config)
+  workdir, runs = Path(workdir), plan(config, methods(config))
   workdir.mkdir(parents=True, exist_ok=True)
   cached = _share_compilation(workdir / "cache")
   try:
@@ -73,7 +72,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[dict[str, A
       train(config.dense, workdir / "dense")
     dense = _on_data(loading.load(init, sites={}), config.dense)
     failed = []
-    for name, budget, seed in plan(config, names):
+    for name, budget, seed in runs:
       try:
         _one(config, workdir, init, dense, name, budget, seed)
       except Exception as error:  # hours of other runs shall not be lost to one method's mistake
@@ -105,7 +104,18 @@ def methods(config: ConfigDict) -> list[str]:
 
 
 def plan(config: ConfigDict, names: Iterable[str]) -> list[tuple[str, float, int]]:
-  """(method, budget, seed) of every run: the dense model's budget is 1, and what is not trained has one seed."""
+  """(method, budget, seed) of every run: the dense model's budget is 1, and what is not trained has one seed.
+
+  Raises:
+    ValueError: budgets that are no shares, no seed, or a speed that cannot be taken.
+  """
+  if not config.budgets or not all(0.0 < budget < 1.0 for budget in config.budgets):
+    raise ValueError(f"config.budgets={config.budgets}; valid: shares of the dense multiply-adds, above 0 and below 1")
+  if not config.seeds:
+    raise ValueError(f"config.seeds={config.seeds}; valid: one or more")
+  for field, least in (("batch_size", 1), ("rounds", 0)):
+    if config.bench[field] < least:
+      raise ValueError(f"config.bench.{field}={config.bench[field]}; valid: {least} or more")
   runs = []
   for name in names:
     sites, trained = config.table[name.removesuffix(TUNED)].sites, _trained(config, name)
