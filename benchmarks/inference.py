@@ -1,6 +1,6 @@
 """Speed of reduced models against what their FLOPs promise, and of the dense one against timm's where torch is there.
 
-    python benchmarks/inference.py [--variant=S/16] [--image_size=224] [--batch_size=16] [--rounds=25]
+    python benchmarks/inference.py [--variant=S/16] [--batch_size=16] [--rounds=25]
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/inference.py
 
 All models take turns in one process (tokred.bench); a ratio is the median over rounds of two times of the same round.
@@ -48,12 +48,11 @@ SITES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--variant", default="S/16")
-  parser.add_argument("--image_size", type=int, default=224)
+  parser.add_argument("--variant", default="S/16", choices=("Ti/16", "S/16", "B/16"))  # the schedules are of these
   parser.add_argument("--batch_size", type=int, default=16)
   parser.add_argument("--rounds", type=int, default=25)
   args = parser.parse_args()
-  size = (args.image_size, args.image_size)
+  size = (224, 224)
   images = np.random.default_rng(0).normal(size=(args.batch_size, *size, 3)).astype(np.float32)
   build = lambda sites: tokred.build(dict(model=dict(variant=args.variant, image_size=size), sites=sites))  # noqa: E731
   mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1))

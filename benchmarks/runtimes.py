@@ -37,7 +37,7 @@ def models(args: argparse.Namespace) -> dict[str, tokred.Model]:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--model", help="run directory, export or weights with sites; what tokred.load takes")
-  parser.add_argument("--variant", default="S/16")
+  parser.add_argument("--variant", default="S/16", choices=("Ti/16", "S/16", "B/16"))  # the schedule is of these
   parser.add_argument("--batch_size", type=int, default=16)
   parser.add_argument("--rounds", type=int, default=9)
   args = parser.parse_args()
