@@ -125,6 +125,11 @@ def test_the_table():
   # mean of 95 and 97 is 96; the sample deviation is sqrt(((95-96)^2 + (97-96)^2) / 1) = 1.41
   assert evit == "| evit | 0.6 | yes | 2 | 96.00 ± 1.41 | -2.00 | 0.5 | 0.600 | 65 30 | 900 | 1.50 |"
   assert dense.startswith("| dense | 1 | no | 1 | 98.00 | +0.00 |")
+  other = row("tome", 0, 0.9, dense_images_per_second=100.0, batch_size=1)  # another clock: 1.5 x 100
+  lines = sweep.table([*rows, other]).splitlines()
+  assert (
+    lines[-1].endswith("| 65 30 | 150 | 1.50 |") and lines[-3] == evit and "batch 1; cpu, 2 cores, batch 8" in lines[0]
+  )
   unmeasured = dict.fromkeys(("images_per_second", "dense_images_per_second", "speedup"), float("nan"))
   untimed = [row | unmeasured | dict(device="") for row in rows]  # --config.bench.rounds=0
   assert "| evit | 0.6 | yes | 2 | 96.00 ± 1.41 | -2.00 | 0.5 | 0.600 | 65 30 |  |  |" in sweep.table(untimed)

@@ -270,11 +270,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _same_clock(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
   """Rows with images/s as if the machine had never changed its speed: speed-up x the dense model's median rate.
 
-  A sweep takes hours, and other work comes and goes meanwhile; the speed-up was measured in turns.
+  A sweep takes hours, and other work comes and goes meanwhile; the speed-up was measured in turns.  The median is that
+  of the row's device and batch size.
   """
-  rates = [row["dense_images_per_second"] for row in rows if not math.isnan(row["dense_images_per_second"])]
-  rate = statistics.median(rates) if rates else math.nan
-  return [dict(row) | {"images_per_second": rate * row["speedup"]} for row in rows]
+  rates: dict[Any, list[float]] = {}
+  clock = lambda row: (row["device"], row["batch_size"])  # noqa: E731
+  for row in rows:
+    if not math.isnan(row["dense_images_per_second"]):
+      rates.setdefault(clock(row), []).append(row["dense_images_per_second"])
+  median = {key: statistics.median(values) for key, values in rates.items()}
+  return [dict(row) | {"images_per_second": median.get(clock(row), math.nan) * row["speedup"]} for row in rows]
 
 
 def plot(rows: Sequence[Mapping[str, Any]], x: str, label: str) -> bytes:
