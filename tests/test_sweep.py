@@ -113,6 +113,15 @@ def test_a_mean_over_seeds_is_of_equal_settings(swept, tmp_path, monkeypatch):
   assert found == [[("tome", 0), ("evit", 0)], [("tome", 1), ("evit", 1)], [("evit", 1), ("tome", 2), ("evit", 2)]]
 
 
+def test_a_checkpoint_of_another_size_is_refused(swept, tmp_path):
+  c = config(methods=("tome",), init=str(swept[0] / "dense"))
+  with c.unlocked():
+    c.dense.model.update(dict(depth=2, mlp_dim=64))
+  with pytest.raises(ValueError, match=r"config\.init='.*dense' is of another size .* depth=3 and not 2, mlp_dim"):
+    sweep.run(c, tmp_path)
+  assert not (tmp_path / "results.csv").exists()
+
+
 def test_the_table():
   common = dict(gflops=0.5, share=0.6, counts="65 30", speedup=1.5, device="cpu, 2 cores")
   common |= dict(images_per_second=700.0, dense_images_per_second=600.0)  # 1.5 x 600 is what the table says

@@ -33,6 +33,7 @@ from tokred import model as tokred_model
 from tokred.config import complete, default, nearest
 from tokred.files import write_whole
 from tokred.model import Model, freeze
+from tokred.nn import vit
 from tokred.rates import LEARNED
 from tokred.reducers import REGISTRY
 from tokred.scores import SCORES
@@ -60,8 +61,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[dict[str, A
     The rows of results.csv, those of earlier sweeps in the same directory included.
 
   Raises:
-    ValueError: an unknown method, one whose reducer does not exist, or what `plan` refuses, before anything is trained;
-      at the end, what went wrong with single runs: the others are done then.
+    ValueError: an unknown method, one whose reducer does not exist, what `plan` refuses, or a checkpoint of another
+      size, before anything is trained; at the end, what went wrong with single runs: the others are done then.
   """
   workdir, runs = Path(workdir), plan(config, methods(config))
   workdir.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[dict[str, A
     if not config.init:
       train(config.dense, workdir / "dense")
     dense = _on_data(loading.load(init, sites={}), config.dense)
+    _check_sizes(dense, config)
     failed = []
     for name, budget, seed in runs:
       try:
@@ -332,6 +334,15 @@ def _missing(method: Mapping[str, Any]) -> str:
     if "score" in site and site["score"] not in SCORES:
       return f"score {site['score']!r}"
   return ""
+
+
+def _check_sizes(dense: Model, config: ConfigDict) -> None:
+  """Counts are those of `config.dense.model`, and budgets met by it: of another checkpoint they are other shares."""
+  found, wanted = (dataclasses.asdict(shape) for shape in (dense.module.shape, vit.shape(config.dense.model)))
+  if other := [f"{name}={found[name]} and not {wanted[name]}" for name in wanted if found[name] != wanted[name]]:
+    raise ValueError(
+      f"config.init={config.init!r} is of another size than config.dense.model: {', '.join(other)}; valid: the same"
+    )
 
 
 def _on_data(model: Model, config: ConfigDict) -> Model:
