@@ -199,14 +199,13 @@ class Sites:
 
     def leave(spots: Sequence[Spot], n: Any) -> Any:
       nonlocal extra
-      extra = extra + sum(spot.module().macs(n, width, num_heads) for spot in spots)
-      if any(spot.type.recovers for spot in spots):
-        for spot in spots:
-          arrive = n
-          n = counts[spot.site][spot.index] if counts and spot.site in counts else spot.keep
-          n = spot.module().recovered(arrive, self.stack.num_tokens) if spot.type.recovers else n
-        return n
-      return cost.min_st(n, [counts[s.site][s.index] if counts and s.site in counts else s.keep for s in spots])
+      told = [counts[spot.site][spot.index] if counts and spot.site in counts else spot.keep for spot in spots]
+      in_turn, out = any(spot.type.recovers for spot in spots), n
+      for spot, count in zip(spots, told, strict=True):
+        arrive = out if in_turn else n
+        left = spot.module().recovered(arrive, self.stack.num_tokens) if spot.type.recovers else count
+        extra, out = extra + spot.module().macs(arrive, left, width, num_heads), left
+      return out if in_turn else cost.min_st(n, told)
 
     n = walk(self.stack.depth, self.at, self.stack.num_tokens, leave)
     return cost.Profile(n.attention, n.mlp, n.final, extra, n.leaving)

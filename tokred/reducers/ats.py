@@ -96,7 +96,7 @@ class ATS(Planner):
   def fewest(self, n: int, protected: int) -> int:
     return min(n, max(8, protected + 1))
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * width
 
   def __call__(

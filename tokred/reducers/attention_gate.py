@@ -33,7 +33,7 @@ class AttentionGate(Reducer):
   share: float = 0.5
   weight: float = 1.0
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * self.hidden * (width + 4 * self.hidden + self.heads) + 2 * n * n * self.hidden
 
   @nn.compact

@@ -84,7 +84,7 @@ class Autoencoder(Planner):
   weight: float = 0.5
   share: float = 0.0  # of the free tokens; keeping fewer is not rewarded; 0: that which `keep` leaves
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return self.num_layers * (12 * n * width * width + 2 * n * n * width) + 2 * n * width
 
   @nn.compact

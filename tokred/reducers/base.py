@@ -136,9 +136,9 @@ class Reducer(nn.Module):
     """Features that this instance reads; by default those of its class."""
     return self.needs
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
-    """Multiply-adds of its own for n arriving tokens; differentiable in n."""
-    del n, width, num_heads
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
+    """Multiply-adds of its own where n tokens arrive and `left` leave; differentiable in both."""
+    del n, left, width, num_heads
     return 0.0
 
 

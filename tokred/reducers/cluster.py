@@ -34,7 +34,7 @@ class KMeans(Planner):
   def needed(self) -> tuple[str, ...]:
     return valid_metric(self.metric)
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return (2 + 2 * self.iterations) * n * n * (width if self.metric == "token" else width / num_heads)  # at most
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
@@ -149,7 +149,7 @@ class DPCKNN(Planner):
       raise ValueError(f"slots={self.slots} must be 0 or more: tokens that get a second position")
     return valid_metric(self.metric)
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * n * (width if self.metric == "token" else width / num_heads)
 
   @nn.compact

@@ -60,7 +60,7 @@ class Cover(Planner):
   def fewest(self, n: int, protected: int) -> int:
     return protected + 1
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * n * width
 
   def cover(self, tokens: Tokens) -> tuple[Array, Array | float]:

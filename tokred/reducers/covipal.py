@@ -30,7 +30,7 @@ class CoViPAL(Planner):
   temperature: float = 0.1
   guide: int = -1  # the layer whose attention is the target of stage 1; -1: none
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * self.hidden * (width + 12 * self.hidden) + 2 * n * n * self.hidden
 
   @nn.compact

@@ -59,7 +59,7 @@ class DiffRateMerge(Planner):
   def fewest(self, n: int, protected: int) -> int:
     return protected + 1
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return 0.0  # depends on what goes, not on what arrives; at most n^2 / 4 width, and left out by the authors too
 
   def __call__(

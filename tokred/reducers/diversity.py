@@ -125,7 +125,7 @@ class MaxMin(Planner):
     scored = () if self.start in STARTS else SCORES[self.start][1]
     return tuple(sorted({*valid_metric(self.metric), *scored}))
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * n * (width if self.metric == "token" else width / num_heads)
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
@@ -171,7 +171,7 @@ class MMR(Planner):
       raise ValueError(f"at_once={self.at_once} must be at least 1")
     return tuple(sorted({*valid_metric(self.metric), *SCORES[self.score][1]}))
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * n * (width if self.metric == "token" else width / num_heads)
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:

@@ -53,7 +53,7 @@ class DyT(Planner):
   scale: float = 0.1
   dropout: float = 0.1
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * width * (2 * self.hidden + 1)
 
   def noise(self, shape: tuple[int, ...]) -> Array:

@@ -31,7 +31,7 @@ class DyVTE(Planner):
   hidden: int = 64
   price: float = 0.0
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return 2.0 * width * self.hidden
 
   @nn.compact

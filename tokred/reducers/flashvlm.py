@@ -59,7 +59,7 @@ class FlashVLM(Planner):
       raise ValueError(f"temperature={self.temperature} must be above 0")
     return SCORES[self.score][1] if self.score else ()
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return 2 * n * n * width
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:

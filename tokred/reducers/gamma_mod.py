@@ -35,7 +35,7 @@ class GammaMoD(Planner):
   text: bool = True  # text may go round, too
   decode_threshold: float = 0.5
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return 2 * n * width
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:

@@ -54,7 +54,7 @@ class Glimpse(Planner):
   weight: float = 1.0  # of the dice loss
   cross_entropy: float = 0.1
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return (
       n * self.hidden * (2 * width + 12 * self.num_layers * self.hidden) + 2 * n * n * self.hidden * self.num_layers
     )

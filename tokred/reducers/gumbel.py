@@ -54,7 +54,7 @@ class Gumbel(Planner):
   def count(self, keep: float, n: int, protected: int, source: int) -> int:
     return min(n, int(source * keep) + protected)  # of the input's patches: rho, rho^2, rho^3
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * width * (width + width / 2 + width / 8) + n * width / 2
 
   def noise(self, shape: tuple[int, ...]) -> Array:

@@ -53,7 +53,7 @@ class HoloV(Planner):
       raise ValueError(f"chunks={self.chunks} must be at least 1")
     return tuple(sorted({*valid_metric(self.metric), *SCORES[self.score][1]}))
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * n / self.chunks * (width if self.metric == "token" else width / num_heads)
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:

@@ -70,7 +70,7 @@ class MCTF(Planner):
     removed = int(round(1.0 - keep, 12) * (n - protected))  # 1 - 0.55 is not 0.45
     return max(n - removed, self.fewest(n, protected))
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     own = n * n * width * (1 / 4 + 1)  # the similarities of pairs, and q k^T again for the columns' means
     return own if self.one_step_ahead else own + 3 * n * width * width  # the block projects what has merged once more
 

@@ -60,7 +60,7 @@ class KMedoids(Planner):
       raise ValueError(f"iterations={self.iterations} must be 0 or more")
     return valid_metric(self.metric)
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * n * (width if self.metric == "token" else width / num_heads) + self.iterations * n * n
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:

@@ -116,7 +116,7 @@ class QTSplus(Planner):
     free = n - protected
     return min(n, min(math.ceil(min(keep, self.high + 1e-6) * free), self.most) + protected)
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return 2 * n * width * width + n * n * width
 
   def relevance(self, x: Array, text: Array, visual: Array) -> Array:

@@ -57,7 +57,7 @@ class Recover(Reducer):
   num_heads: int = 0  # 0: heads of 64 channels
   source: int = 0  # tokens at the input, which the site fills in
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     s = self.source or 2 * n
     return (2 * n + s) * width * width + 2 * s * n * width  # queries come from parameters alone
 

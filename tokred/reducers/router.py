@@ -101,7 +101,7 @@ class Router(Planner):
       raise ValueError("text=True: frames are of visual tokens only; valid: False, or frame=0")
     return ()
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * width
 
   @nn.compact

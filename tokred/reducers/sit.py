@@ -91,8 +91,8 @@ class SiT(Reducer):
   def fewest(self, n: int, protected: int) -> int:
     return protected + 1
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
-    return n * width * width / 2 + 0.75 * n * n * width  # with half as many slots as tokens
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
+    return n * width * width / 2 + 1.5 * n * left * width
 
   @nn.compact
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:

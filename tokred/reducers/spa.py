@@ -109,7 +109,7 @@ class SPA(Reducer):
       raise ValueError(f"group={self.group} must be at least 1")
     return ()
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return 2.0 * n * width
 
   @nn.compact

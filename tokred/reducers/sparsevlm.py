@@ -45,7 +45,7 @@ class SparseVLM(Planner):
       raise ValueError(f"per_cluster={self.per_cluster} and neighbours={self.neighbours} must be at least 1")
     return SCORES[self.score][1]
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return 2 * n * n * width
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:

@@ -47,7 +47,7 @@ class STTS(Planner):
   weight: float = 1.0
   temperature: float = 0.1
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * self.hidden * (width + 1)
 
   @nn.compact

@@ -119,8 +119,10 @@ class STViT(Reducer):
       raise ValueError(f"grid={self.grid} must be (rows, columns), or () for a square")
     return ()
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
-    return 4 * n * width * width  # keys and values, twice; what few queries cost is left out
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
+    k = left - max(self.prefix, 0)
+    cells = (1 + (self.pool == "avg")) * k * n * width
+    return cells + 2 * (2 * (k + n) * width**2 + 10 * k * width**2 + 2 * k * (k + n) * width)  # keys, queries, maps
 
   @nn.compact
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
@@ -180,7 +182,7 @@ class STViTRecover(Reducer):
   def recovered(self, n: Any, source: int) -> Any:
     return n  # it is the scope that counts what comes back
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return (10 * self.source + 2 * n) * width * width + 2 * self.source * n * width
 
   @nn.compact

@@ -61,7 +61,7 @@ class ToMe(Planner):
   def fewest(self, n: int, protected: int) -> int:
     return n - (n - protected) // 2
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * n / 4 * (width if self.metric == "token" else width / num_heads)
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:

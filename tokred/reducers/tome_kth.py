@@ -41,7 +41,7 @@ class ToMeKth(Planner):
   def fewest(self, n: int, protected: int) -> int:
     return protected + 1
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * n * (width / num_heads)
 
   def stays(self, free: Array, count: Array, tokens: Tokens, train: bool) -> Array:

@@ -128,8 +128,8 @@ class Transforming(Reducer):
       raise ValueError(f"temperature={self.temperature} must be above 0")
     return SCORES[self.score][1]
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
-    return n * n * width  # 2 K n width, with half of the tokens as anchors
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
+    return 2 * left * n * width
 
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:
     score = SCORES[self.score][0](tokens)

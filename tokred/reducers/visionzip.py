@@ -58,7 +58,7 @@ class VisionZip(Planner):
       raise ValueError(f"contextual={self.contextual} must be above 0: a share below 1, or a number of tokens")
     return tuple(sorted({*valid_metric(self.metric), *SCORES[self.score][1]}))
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * n * self.contextual * (width if self.metric == "token" else width / num_heads)  # about
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:

@@ -65,7 +65,7 @@ class ZeroTPrune(Planner):
   def _rounds(self) -> int:
     return self.iterations or (30, 5, 1)[min(3 * self.layer // self.depth, 2)]
 
-  def macs(self, n: float, width: int, num_heads: int) -> float:
+  def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     pairs = (width if self.metric == "token" else width / num_heads) if self.similar else 0
     return n * n * (width + self._rounds() * num_heads + pairs)  # the map, its products with v, the cosines
 
