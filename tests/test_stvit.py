@@ -1,6 +1,7 @@
 """STViT: semantic tokens from cells of the grid, and the grid that reads from them again."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from test_slots import begin
 
 import tokred
 from tokred import cost
+from tokred.config import default
 from tokred.reducers import stvit
+from tokred.sharding import path_name
 
 
 def test_windows():
@@ -62,7 +65,7 @@ def test_stvit_refines_by_attention(grid, step, offset):
   attend = jax.tree.map(jnp.zeros_like, params[step]["attn"])
   attend["value"]["kernel"], attend["out"]["kernel"] = jnp.eye(4)[:, None], jnp.eye(4)[None]
   offsets = jnp.arange(16.0).reshape(4, 4) * offset
-  params = params | {"offset": offsets, step: params[step] | {"attn": attend, "scale1": jnp.ones(4)}}
+  params = params | {"offset": offsets, step: params[step] | {"attn": attend, "layer_scale1": jnp.ones(4)}}
   out, _ = both(reducer, grid, 5, {"params": params})
   image = np.asarray(grid.x[0, 1:])
   seeds = image.reshape(2, 2, 2, 2, 4).mean((1, 3)).reshape(4, 4)
@@ -148,7 +151,7 @@ def test_stvit_recover_reads_the_semantic_tokens():
   params = reducer.init(jax.random.key(0), tokens, 3, train=False, mode="gather")["params"]["refine"]
   attend = jax.tree.map(jnp.zeros_like, params["attn"])
   attend["value"]["kernel"], attend["out"]["kernel"] = jnp.eye(2)[:, None], jnp.eye(2)[None]
-  variables = {"params": {"refine": params | {"attn": attend, "scale1": jnp.ones(2)}}}
+  variables = {"params": {"refine": params | {"attn": attend, "layer_scale1": jnp.ones(2)}}}
   for alive, adds in ([[True, True, True]], [0.0, 0.0]), ([[True, True, False]], [1.0, -1.0]):
     out, _ = reducer.apply(variables, tokens.replace(mask=jnp.asarray(alive)), 3, train=False, mode="mask")
     want = np.arange(8.0).reshape(4, 2) + adds
@@ -201,6 +204,25 @@ def test_stvit_recover_costs_what_it_does():
   back = dict(back=dict(reducer="stvit_recover", layers=(4,)))
   with_it, without = (cost.of(model("public_vit", dict(semantic=SCOPE) | more)) for more in (back, {}))
   assert with_it - without == (650 + 34) * 96**2 + 2 * 65 * 17 * 96
+
+
+@pytest.mark.parametrize("pool, cells", [("max", 1), ("avg", 2)])
+def test_stvit_costs_what_it_does(pool, cells):
+  """Of 65 tokens 16 cells, by 1 or 2 products of 16 x 65 x D; then twice, for 16 queries that look at 16 + 65:
+  queries, output and MLP 10 K D^2, keys and values 2 (K + n) D^2, and maps 2 K (K + n) D."""
+  site = dict(reducer="stvit", layers=(2,), keep=17, pool=pool)
+  extra = model("public_vit", dict(semantic=site)).sites.profile(96, 3).extra_macs
+  assert extra == cells * 16 * 65 * 96 + 2 * (160 * 96**2 + 2 * 81 * 96**2 + 2 * 16 * 81 * 96)
+
+
+def test_its_scales_do_not_decay():
+  """LayerScales are named as those of blocks: weight decay would draw 1e-5 towards nothing."""
+  module = model("public_vit", dict(semantic=SCOPE, back=dict(reducer="stvit_recover", layers=(4,))))
+  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))["params"]
+  names = {path_name(path): leaf.ndim for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+  scales = [name for name, rank in names.items() if "refine" in name and rank == 1 and not name.endswith("bias")]
+  assert len(scales) == 3 * 4  # two LayerScales and two norms
+  assert all(any(re.fullmatch(regex, name) for regex in default().optim.no_decay) for name in scales)
 
 
 @pytest.mark.parametrize(

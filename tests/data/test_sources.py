@@ -227,6 +227,8 @@ def test_fit():
   square = image[:, :10]
   assert images.fit(square, (10, 10), 0.0, "bicubic") is square
   assert images.fit(square, (10, 10), 1.0, "lanczos").base is not None  # a view: nothing was resampled
+  edge = np.arange(354 * 354, dtype=np.int64).reshape(354, 354, 1).astype(np.uint8)  # 224 / (224 / 354) is 353.99...
+  np.testing.assert_array_equal(images.fit(edge, (224, 224), 224 / 354, "bicubic"), edge[65:289, 65:289])
   for shape in ((3, 50), (50, 3), (31, 17)):
     for size in ((8, 8), (16, 8), (7, 13)):
       assert images.fit(np.zeros((*shape, 1), np.uint8), size, 0.9, "nearest").shape == (*size, 1)

@@ -60,8 +60,8 @@ def fit(image: np.ndarray, size: tuple[int, int], crop_fraction: float, method: 
   height, width = image.shape[:2]
   if not crop_fraction:
     return image if (height, width) == tuple(size) else resize(image, size, method)
-  covering = max(int(size[0] / crop_fraction) / height, int(size[1] / crop_fraction) / width)
-  # The small constant undoes float error where a side times the ratio should be whole.
+  # The small constants undo float error where a side over the fraction, or times the ratio, should be whole.
+  covering = max(int(size[0] / crop_fraction + 1e-6) / height, int(size[1] / crop_fraction + 1e-6) / width)
   resized = (int(height * covering + 1e-6), int(width * covering + 1e-6))
   if resized != (height, width):
     image = resize(image, resized, method)

@@ -80,9 +80,9 @@ class Refine(nn.Module):
       return jnp.einsum("bhkn,bnhd->bkhd", shares(logits, gate), value, precision="highest")
 
     attend = nn.MultiHeadDotProductAttention(self.num_heads, attention_fn=weighed, name="attn")
-    q = q + scale("scale1") * attend(norm1(q), both)
+    q = q + scale("layer_scale1") * attend(norm1(q), both)
     h = nn.gelu(nn.Dense(4 * width, name="fc1")(nn.LayerNorm(epsilon=1e-6, name="norm2")(q)), approximate=False)
-    return q + scale("scale2") * nn.Dense(width, name="fc2")(h)
+    return q + scale("layer_scale2") * nn.Dense(width, name="fc2")(h)
 
 
 @register("stvit")
