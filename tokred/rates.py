@@ -180,10 +180,12 @@ class Threshold:
   value: float | Array
   capacity: int = struct.field(pytree_node=False, default=0)
   most: Array | None = None  # (B,) int32: no more than so many in each row
+  whole: bool = struct.field(pytree_node=False, default=True)  # also counted is what stands behind a prompt
 
   def count(self, tokens: Tokens, score: Array) -> Array:
-    """(B,) int32 counts, protected tokens included; of a language model's tokens those of the prompt."""
-    passes = of_prompt(tokens) & (tokens.protected | (score >= self.value))
+    """(B,) int32 counts, protected tokens included."""
+    counted = tokens.alive if self.whole else of_prompt(tokens)
+    passes = counted & (tokens.protected | (score >= self.value))
     count = jnp.minimum(passes.sum(1, dtype=jnp.int32), self.capacity)
     return count if self.most is None else jnp.minimum(count, self.most)
 

@@ -89,8 +89,10 @@ SITES = {
     b=dict(FASTV, layers=(1,), place="after", keep=0.5),
   ),
   "mmr": dict(a=dict(stack="llm", reducer="mmr", score="key_norm", layers=(0, 1), keep=0.6)),
+  "threshold": dict(a=dict(FASTV, layers=(1,), score="key_norm", rate="threshold", threshold=5.5, keep=0.8)),
 }
-ALL = ["mixed", *(pytest.param(name, marks=pytest.mark.thorough) for name in SITES if name != "mixed")]
+QUICKLY = ("mixed", "threshold")
+ALL = [*QUICKLY, *(pytest.param(name, marks=pytest.mark.thorough) for name in SITES if name not in QUICKLY)]
 
 
 @pytest.mark.parametrize("name", ALL)

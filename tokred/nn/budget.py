@@ -197,7 +197,9 @@ def rows(
       else:
         left = jnp.clip(int(spot.budget) - (0 if anyone else prompt), 0, choice)
       count = left if anyone else prompt + left
-      keep = Threshold(spot.threshold, capacity, count) if spot.rate == "threshold" else Rows(count, capacity)
+      # What is appended goes round by a rule of its own; elsewhere it is text like any other, and stays.
+      asks = Threshold(spot.threshold, capacity, count, whole=spot.place != "around")
+      keep = asks if spot.rate == "threshold" else Rows(count, capacity)
       free = free if spot.place == "around" else left
     out[spot.site] = (*out.get(spot.site, ()), keep)
   return out
