@@ -51,9 +51,7 @@ def answer_step(module: VLM, mode: str) -> Any:
   """Jitted (params, batch, known) -> sums over the conversations that are not padding; `known` is static."""
 
   def step(params: Any, batch: dict[str, jax.Array], known: Known | None) -> dict[str, jax.Array]:
-    inputs = {name: batch[name] for name in ("ids", "slot", "mask")}
-    inputs |= dict(images=batch["image"], last=last_asked(batch["answer"]), known=known, mode=mode)
-    output = module.apply({"params": params}, **inputs)
+    output = module.apply({"params": params}, **vqa.inputs(batch), known=known, mode=mode)
     logits = tk.restore(output.logits, output.tokens.owner)[:, :-1]
     target, counted = batch["ids"][:, 1:], batch["answer"][:, 1:] & batch["valid"][:, None]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
@@ -69,11 +67,6 @@ def answer_step(module: VLM, mode: str) -> Any:
     }
 
   return jax.jit(step, static_argnums=2)
-
-
-def last_asked(answer: jax.Array) -> jax.Array:
-  """Where a prompt ends, the token before its first answer: (B, S) bool to (B,) int32."""
-  return jnp.maximum(jnp.argmax(answer, axis=1).astype(jnp.int32) - 1, 0)
 
 
 def answers(module: VLM, params: Any, batches: Iterable[dict[str, np.ndarray]], mode: str, mesh: Any = None) -> dict:

@@ -70,18 +70,19 @@ def log_likelihood(logits: Array, ids: Array, answer: Array) -> tuple[Array, Arr
   return jnp.where(counted, each, 0.0).sum(1), counted.sum(1, dtype=jnp.int32)
 
 
+def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
+  """Arguments of a VLM for a batch of conversations; a prompt ends before its first answer, which is not asked."""
+  last = jnp.maximum(jnp.argmax(batch["answer"], axis=1).astype(jnp.int32) - 1, 0)
+  there = {name: batch[name] for name in ("ids", "slot", "mask", "segment", "position") if name in batch}
+  return there | dict(images=batch["image"], last=last)
+
+
 @functools.lru_cache(maxsize=8)
 def likelihood_step(module: VLM, mode: str) -> Any:
   """Jitted (params, batch, known) -> `log_likelihood` of a batch's answers; `known` is static."""
 
   def step(params: Any, batch: Mapping[str, Array], known: Known | None) -> tuple[Array, Array]:
-    last = jnp.maximum(
-      jnp.argmax(batch["answer"], axis=1).astype(jnp.int32) - 1, 0
-    )  # the prompt's: answers say nothing
-    output = module.apply(
-      {"params": params}, batch["ids"], batch["image"], slot=batch["slot"], mask=batch["mask"], last=last, known=known,
-      mode=mode,
-    )  # fmt: skip
+    output = module.apply({"params": params}, **inputs(batch), known=known, mode=mode)
     return log_likelihood(tk.restore(output.logits, output.tokens.owner), batch["ids"], batch["answer"])
 
   return jax.jit(step, static_argnums=2)
@@ -219,8 +220,8 @@ def _likelihood(
   module: VLM, params: Any, batch: Mapping[str, np.ndarray], mode: str, known: Known | None
 ) -> tuple[np.ndarray, np.ndarray]:
   """(B,) likelihood and length, 0 in rows that pad the batch."""
-  inputs = {name: batch[name] for name in ("ids", "image", "slot", "mask", "answer")}
-  total, length = jax.device_get(likelihood_step(module, mode)(params, inputs, known))
+  there = {name: batch[name] for name in ("ids", "image", "slot", "mask", "answer")}
+  total, length = jax.device_get(likelihood_step(module, mode)(params, there, known))
   return np.where(batch["valid"], total, 0.0), np.where(batch["valid"], length, 0)
 
 

@@ -11,7 +11,7 @@ import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from tokred import evaluate, lora, losses, tokens
+from tokred import lora, losses, tokens, vqa
 from tokred.evaluate import counts_by_site
 from tokred.model import without_sites
 from tokred.nn.vit import ViT
@@ -116,10 +116,8 @@ def _answer(
   streams: dict, known: Known | None = None,
 ) -> tuple[Any, dict[str, jax.Array], jax.Array]:  # fmt: skip
   """The same of conversations: the loss is on what is answered, the accuracy that of its tokens."""
-  inputs = {name: batch[name] for name in ("ids", "slot", "mask", "segment", "position") if name in batch}
-  inputs |= dict(images=batch["image"], last=evaluate.last_asked(batch["answer"]))
-  kinds = dict(train=True, mode=mode, known=known, keeps=keeps, rngs=streams)
-  output = module.apply({"params": params}, **inputs, **kinds)
+  inputs = vqa.inputs(batch)
+  output = module.apply({"params": params}, **inputs, train=True, mode=mode, known=known, keeps=keeps, rngs=streams)
   logits, answer = tokens.restore(output.logits, output.tokens.owner), batch["answer"] > 0
   number = batch["answers"].sum() if "answers" in batch else None
   terms = {"cross_entropy": losses.answers(logits, batch["ids"], answer, weights.label_smoothing, number)}
