@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -197,6 +198,20 @@ def test_eight_devices_equal_one():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
 
 
+def environment(count, devices):
+  """That of so many processes on this machine, but for their JAX_PROCESS_ID."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  return os.environ | {
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COORDINATOR_ADDRESS": address,
+    "JAX_COORDINATOR_BIND_ADDRESS": address,
+    "JAX_NUM_PROCESSES": str(count),
+  }
+
+
 def test_two_processes_share_a_mesh():
   code = """
     import jax, numpy as np
@@ -213,16 +228,7 @@ def test_two_processes_share_a_mesh():
     x = jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), mine)
     print("sum", float(jax.jit(lambda x: x.sum())(x)))
   """
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  env = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-    "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
-    "JAX_NUM_PROCESSES": "2",
-  }
+  env = environment(2, devices=2)
   processes = [
     subprocess.Popen(
       [sys.executable, "-c", textwrap.dedent(code)],
@@ -242,6 +248,19 @@ def test_two_processes_share_a_mesh():
   for out, err in outputs:
     assert "sum 28.0" in out, err  # 0 + 1 + ... + 7
     assert "config.mesh.tensor=4 spans processes of 2 devices; valid: 1, 2" in out, err
+
+
+def test_sigterm_ends_a_process_that_has_no_handler():
+  code = """
+    import os, signal, time
+    from tokred import sharding
+    sharding.initialize_distributed()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+  """
+  command = [sys.executable, "-c", textwrap.dedent(code)]
+  env = environment(1, devices=1) | {"JAX_PROCESS_ID": "0"}
+  assert subprocess.run(command, env=env, cwd=ROOT, timeout=60).returncode == -signal.SIGTERM
 
 
 def test_half_named_processes(monkeypatch):

@@ -56,6 +56,9 @@ def initialize_distributed() -> None:
     missing = ", ".join(name for name in names if name not in values)
     raise ValueError(f"{', '.join(values)} set without {missing}; valid: all of {', '.join(names)}, or none")
   address, count, index = (values[name] for name in names)
+  # That service catches SIGTERM for a loop that asks it; ours has a handler of its own, before and behind which the
+  # signal shall end the process.
+  jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(address, num_processes=int(count), process_id=int(index))
 
 
