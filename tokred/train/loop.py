@@ -113,7 +113,7 @@ class _Run:
   def steps(self, step: int, state: Any, stream: Iterator[tuple[Any, Any]], teacher: Any) -> Any:
     """Runs to the end, and returns the state.  Metrics of a step are fetched when the next one is under way."""
     c, last = self.phase.config, None
-    with signals.Sigterm() as asked:
+    with signals.Sigterm(self.total) as asked:
       while step < self.total:
         state = self._frozen(state, step)
         batch, data_state = next(stream)

@@ -12,7 +12,14 @@ LOOK_EVERY = 10  # steps between two looks at the other processes' signals, sinc
 
 
 class Sigterm:
-  """Within it, SIGTERM only sets a flag; the loop looks at it between steps."""
+  """Within it, SIGTERM only sets a flag; the loop looks at it between steps.
+
+  Args:
+    last: step behind which the loop looks no more.
+  """
+
+  def __init__(self, last: int):
+    self.last = last
 
   def __enter__(self) -> Callable[[int], bool]:
     self.asked = False
@@ -32,6 +39,6 @@ class Sigterm:
   def _any_asked(self, step: int) -> bool:
     if jax.process_count() == 1:
       return self.asked
-    if step % LOOK_EVERY:
+    if step % LOOK_EVERY and step != self.last:
       return False
     return bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))  # all stop at the same step
