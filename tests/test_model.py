@@ -104,6 +104,19 @@ def test_images_of_another_shape_and_missing_parameters():
       model(np.zeros(shape, np.float32))
 
 
+def test_images_that_are_not_normalised_yet():
+  model = make()
+  for images, word in ((IMAGES.astype(np.uint8), "dtype uint8"), (jnp.ones((5, 8, 8, 1), int), "dtype int32")):
+    with pytest.raises(ValueError, match=rf"images of {word}; the model takes float32.*\(pixels / 255 - mean\) / std"):
+      model(images)
+  with pytest.raises(ValueError, match=r"images are a list; the model takes an array"):
+    model(list(IMAGES))
+  with pytest.raises(ValueError, match=r"images of shape \(0, 8, 8, 1\)"):
+    model.inspect(IMAGES[:0])
+  assert jax.eval_shape(model, jax.ShapeDtypeStruct((5, 8, 8, 1), jnp.bfloat16)).logits.shape == (5, 4)  # traced
+  np.testing.assert_array_equal(model(IMAGES.astype(np.float64)).logits, model(IMAGES).logits)
+
+
 def test_a_call_gives_logits_ints_and_survivors():
   model = make(0, a=TOPK)
   out = model(IMAGES)

@@ -66,7 +66,7 @@ class Model:
       Output without `aux`, which `inspect` has; `counts` are ints in gather mode.
 
     Raises:
-      ValueError: no parameters yet, or images of another shape.
+      ValueError: no parameters yet, or images of another shape, or that are no floating-point array.
     """
     return self._run(images, False)
 
@@ -89,9 +89,7 @@ class Model:
   def _run(self, images: Array, report: bool) -> vit.Output:
     if self.params is None:
       raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
-    wanted = (*self.config.model.image_size, self.config.model.channels)
-    if np.ndim(images) != 4 or np.shape(images)[1:] != wanted:
-      raise ValueError(f"images of shape {np.shape(images)}; the model takes (batch, {', '.join(map(str, wanted))})")
+    _check_images(images, self.config.model, "batch")
     output = forward(self.module, self.mode, report)(self.params, images)
     return output.replace(counts=self.module.sites.counts()) if self.mode == "gather" else output
 
@@ -118,7 +116,8 @@ class Reader(Model):
       (B, S, vocab) float32; zero where a token has left.
 
     Raises:
-      ValueError: no parameters yet, images of another shape, or placeholders that are not as many as patches.
+      ValueError: no parameters yet, images of another shape or that are no floating-point array, or placeholders that
+        are not as many as patches.
     """
     ids, images, slot = self._checked(ids, images, slot, mask)
     known = self.module.known(ids, slot, mask, self.mode) if self.mode == "gather" else None
@@ -143,11 +142,7 @@ class Reader(Model):
     if self.params is None:
       raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
     ids, s, token = np.asarray(ids), self.module.tower.shape, self.module.image_token
-    wanted = (*self.config.model.image_size, self.config.model.channels)
-    if np.ndim(images) != 5 or np.shape(images)[2:] != wanted or not np.shape(images)[1]:
-      raise ValueError(
-        f"images of shape {np.shape(images)}; the model takes (batch, images of a row, {', '.join(map(str, wanted))})"
-      )
+    _check_images(images, self.config.model, "batch", "images of a row")
     if (
       ids.ndim != 2
       or not ids.size
@@ -164,6 +159,20 @@ class Reader(Model):
       placeholders.slots(ids, token, np.shape(images)[1], s.grid[0] * s.grid[1]) if slot is None else np.asarray(slot)
     )
     return ids, images, slot
+
+
+def _check_images(images: Any, model: ConfigDict, *lead: str) -> None:
+  """Raises for what is no normalised array; pixels of 0 to 255 would be taken for one."""
+  if not isinstance(images, (np.ndarray, jax.Array)):
+    raise ValueError(f"images are a {type(images).__name__}; the model takes an array of numpy or JAX")
+  wanted, given = (*model.image_size, model.channels), np.shape(images)
+  if len(given) != len(lead) + 3 or given[len(lead) :] != wanted or 0 in given:
+    raise ValueError(f"images of shape {given}; the model takes ({', '.join(map(str, (*lead, *wanted)))})")
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise ValueError(
+      f"images of dtype {images.dtype}; the model takes float32, normalised with config.data.mean and config.data.std: "
+      "(pixels / 255 - mean) / std"
+    )
 
 
 MODELS: dict[str, tuple[type[Model], Callable[[ConfigDict], Any]]] = {

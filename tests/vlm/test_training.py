@@ -401,6 +401,8 @@ def test_what_a_reader_is_given(talks):
     model(ids, images, np.ones((1, 5), bool))
   with pytest.raises(ValueError, match=r"ids of shape \(1, 0\)"):
     model(ids[:, :0], images)
+  with pytest.raises(ValueError, match=r"images of dtype uint8; the model takes float32"):
+    model.write(ids, images.astype(np.uint8))
 
 
 @pytest.mark.parametrize("keep", ["1.5", "half", "0"])
