@@ -143,6 +143,8 @@ class Reader(Model):
       raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
     ids, s, token = np.asarray(ids), self.module.tower.shape, self.module.image_token
     _check_images(images, self.config.model, "batch", "images of a row")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+      raise ValueError(f"ids of dtype {ids.dtype}; the model takes the integers of a tokenizer, (batch, tokens) int32")
     if (
       ids.ndim != 2
       or not ids.size

@@ -401,6 +401,9 @@ def test_what_a_reader_is_given(talks):
     model(ids, images, np.ones((1, 5), bool))
   with pytest.raises(ValueError, match=r"ids of shape \(1, 0\)"):
     model(ids[:, :0], images)
+  for dtype in (np.float32, bool, str):
+    with pytest.raises(ValueError, match=r"ids of dtype .*; the model takes the integers of a tokenizer"):
+      model(ids.astype(dtype), images)
   with pytest.raises(ValueError, match=r"images of dtype uint8; the model takes float32"):
     model.write(ids, images.astype(np.uint8))
 
