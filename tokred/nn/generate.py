@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ def generate(
   lengths = mask.sum(1)
   if not lengths.all():
     raise ValueError(f"row {int(lengths.argmin())} of mask has no token: an empty prompt")
-  check(max_new_tokens, temperature, top_p)
+  stop = check(max_new_tokens, temperature, top_p, stop_tokens, seed)
   slots = given.shape[1]
   if cache_length:
     longest, slots = int(lengths.max()), cache_length - max_new_tokens
@@ -91,7 +91,6 @@ def generate(
     known = Census(0, 0)
   inputs = dict(ids=given if x is None else None, x=None if x is None else given)
   inputs |= dict(mask=mask, protected=protected, position=position)
-  stop = jnp.asarray(tuple(stop_tokens), jnp.int32)
   sampling = (jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
   return run(model, params, inputs, stop, sampling, jax.random.key(seed), known, max_new_tokens, top_p < 1)
 
@@ -108,7 +107,7 @@ def write(
       before anything is compiled.
   """
   ids, mask = np.asarray(ids), np.ones(np.shape(ids), bool) if mask is None else np.asarray(mask) > 0
-  check(max_new_tokens, temperature, top_p)
+  stop = check(max_new_tokens, temperature, top_p, stop_tokens, seed)
   known = model.known(ids, slot, mask)
   if cache_length:
     held = ids.shape[1] if model.position == "virtual" else known.length
@@ -121,19 +120,25 @@ def write(
     known = dataclasses.replace(known, length=min(cache_length - max_new_tokens, ids.shape[1]))
   capacities(model.llm.sites, known.length, known.census)
   inputs = dict(ids=ids, images=images, slot=slot, mask=mask, position=position)
-  stop = jnp.asarray(tuple(stop_tokens), jnp.int32)
   sampling = (jnp.float32(temperature), jnp.float32(top_p)) if temperature > 0 else None
   return run(model, params, inputs, stop, sampling, jax.random.key(seed), known, max_new_tokens, top_p < 1)
 
 
-def check(max_new_tokens: int, temperature: float, top_p: float) -> None:
-  """Raises ValueError where an argument of `generate` is out of its range."""
-  if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens={max_new_tokens}; valid: 1 or more")
-  if temperature < 0:
-    raise ValueError(f"temperature={temperature}; valid: 0 (the likeliest token) or more")
-  if not 0 < top_p <= 1:
-    raise ValueError(f"top_p={top_p}; valid: above 0, at most 1")
+def check(max_new_tokens: int, temperature: float, top_p: float, stop_tokens: Sequence[int], seed: int) -> Array:
+  """The stop tokens as an array; raises ValueError where an argument of `generate` is of another kind or range."""
+  kind = lambda value: np.asarray(value).dtype.kind if np.ndim(value) == 0 else ""  # noqa: E731
+  if kind(max_new_tokens) not in ("i", "u") or max_new_tokens < 1:
+    raise ValueError(f"max_new_tokens={max_new_tokens!r}; valid: 1 or more")
+  if kind(temperature) not in ("f", "i", "u") or not 0 <= temperature < np.inf:
+    raise ValueError(f"temperature={temperature!r}; valid: 0 (the likeliest token) or more")
+  if kind(top_p) not in ("f", "i", "u") or not 0 < top_p <= 1:
+    raise ValueError(f"top_p={top_p!r}; valid: above 0, at most 1")
+  if kind(seed) not in ("i", "u"):
+    raise ValueError(f"seed={seed!r}; valid: an integer")
+  stop = np.asarray(tuple(stop_tokens) if isinstance(stop_tokens, Iterable) else stop_tokens)
+  if stop.ndim != 1 or (stop.size and stop.dtype.kind not in "iu"):
+    raise ValueError(f"stop_tokens={stop_tokens!r}; valid: ids, such as (2,)")
+  return jnp.asarray(stop, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
