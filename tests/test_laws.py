@@ -298,6 +298,11 @@ def test_arguments():
     check_reducer(nn.Dense(3))
   with pytest.raises(ValueError, match=r"laws has 13; valid: 1 to 12"):
     check_reducer(Norm, laws=(13,))
+  with pytest.raises(ValueError, match=r"cases has 'modle'; did you mean 'model'"):
+    check_reducer(Norm, laws=(2,), cases=("modle",))
+  for arguments in (dict(laws=2), dict(laws=(1,), cases="prefix")):
+    with pytest.raises(ValueError, match=r"valid: sequences, such as laws=\(2, 5\)"):
+      check_reducer(Norm, **arguments)
 
   class Odd(Reducer):
     needs = ("kee",)

@@ -43,15 +43,20 @@ def check_reducer(
       every parameter of the reducer; a parameter that learns from a loss of its own shows it by a report whose name
       begins with "loss".
     TypeError: `module` is not a reducer, or a class that cannot be built without arguments.
-    ValueError: an unknown law, or a feature that no block provides.
+    ValueError: an unknown law or case, or a feature that no block provides.
   """
   module = module() if isinstance(module, type) else module
   if not isinstance(module, base.Reducer):
     raise TypeError(f"check_reducer takes a tokred Reducer or Planner, not {type(module).__name__}")
   known = sorted({law.number for law in LAWS})
+  if isinstance(laws, int) or isinstance(cases, str):
+    raise ValueError(f"laws={laws!r}, cases={cases!r}; valid: sequences, such as laws=(2, 5), cases=('model',)")
   for number in laws or ():
     if number not in known:
       raise ValueError(f"laws has {number!r}; valid: {known[0]} to {known[-1]}")
+  for name in cases or ():
+    if name not in (valid := {case for law in LAWS for case in law.cases}):
+      raise ValueError(f"cases has {name!r}; {config_lib.nearest(name, valid)}")
   for need in module.needed():
     if need not in attention.FEATURES and need not in ("update", "mlp_update"):
       raise ValueError(f"needed() has {need!r}; {config_lib.nearest(need, attention.FEATURES)}")
