@@ -178,6 +178,12 @@ def test_average_weight_is_the_share_within_a_group():
   np.testing.assert_allclose(tk.average_weight(owner, size), [[0.25, 0.75, 1.0, 0.0]])
 
 
+@pytest.mark.parametrize("shape, prefix", [((4, 3), 1), ((2, 4, 4, 3), 0), ((2, 4, 3), 5), ((2, 4, 3), -1)])
+def test_what_is_no_sequence_of_tokens(shape, prefix):
+  with pytest.raises(ValueError, match=rf"x of shape .* and num_prefix_tokens={prefix}; valid: \(batch, tokens, width"):
+    tk.start(jnp.ones(shape), prefix)
+
+
 def test_start_protects_the_prefix():
   tokens = tk.start(jnp.zeros((2, 5, 3)), 2)
   np.testing.assert_array_equal(tokens.protected[0], [True, True, False, False, False])

@@ -86,7 +86,14 @@ def start(x: Array, num_prefix_tokens: int = 0, position: Array | None = None) -
     x: (B, N, D).
     num_prefix_tokens: how many tokens at the front are protected (CLS, distillation, registers).
     position: (B, N[, axis]) int32 original position ids; None: 0 to N - 1.
+
+  Raises:
+    ValueError: x of another rank, or not as many tokens as shall be protected.
   """
+  if x.ndim != 3 or not 0 <= num_prefix_tokens <= x.shape[1]:
+    raise ValueError(
+      f"x of shape {x.shape} and num_prefix_tokens={num_prefix_tokens}; valid: (batch, tokens, width), and 0 to tokens"
+    )
   batch, n = x.shape[:2]
   index = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
   return Tokens(
