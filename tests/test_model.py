@@ -92,6 +92,23 @@ def test_errors_name_field_value_and_what_is_valid(config, words):
   assert "\n" not in message and all(word in message for word in words), message
 
 
+@pytest.mark.parametrize("config", [None, "configs/vit.py", [1]])
+def test_build_takes_a_dict(config):
+  with pytest.raises(ValueError, match=r"config=.* must be a dict of fields; valid: .*model, .*sites"):
+    tokred.build(config)
+  with pytest.raises(ValueError, match=r"config.sites=.* must be a dict of fields; valid: a dict of fields for each"):
+    tokred.build(dict(sites=config))
+
+
+def test_a_config_file_that_failed_tells_its_own_error():
+  class Failed:  # as config_flags gives it
+    def __getattr__(self, name):
+      raise OSError("/nope: nothing is there")
+
+  with pytest.raises(OSError, match=r"/nope: nothing is there"):
+    tokred.build(Failed())
+
+
 def test_images_of_another_shape_and_missing_parameters():
   model = tokred.build(dict(model=MODEL))
   with pytest.raises(ValueError, match=r"no parameters.*model\.init\(\)"):

@@ -242,8 +242,10 @@ def complete(config: Mapping[str, Any]) -> ConfigDict:
     A locked ConfigDict with every field.
 
   Raises:
-    ValueError: an unknown field or a value of another type than the default's; the message names the field.
+    ValueError: no dict, an unknown field or a value of another type than the default's; the message names the field.
   """
+  if not hasattr(config, "keys"):  # what stands for a file that could not be read raises here
+    raise ValueError(f"config={config!r} must be a dict of fields; {nearest('', default())}")
   given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
   full = default()
   for group, value in given.items():
@@ -252,7 +254,8 @@ def complete(config: Mapping[str, Any]) -> ConfigDict:
     if not isinstance(full[group], ConfigDict):
       _set(full, group, value, f"config.{group}")
     elif not isinstance(value, (Mapping, ConfigDict)):
-      raise ValueError(f"config.{group}={value!r} must be a dict of fields; {nearest(group, full[group])}")
+      valid = "valid: a dict of fields for each site" if group == "sites" else nearest(group, full[group])
+      raise ValueError(f"config.{group}={value!r} must be a dict of fields; {valid}")
     elif group == "sites":
       for name, site in value.items():
         if not isinstance(site, (Mapping, ConfigDict)):
