@@ -242,6 +242,13 @@ def test_frozen_equals_learned(sites):
   assert tokred.freeze(frozen) is frozen
 
 
+def test_freeze_takes_a_model():
+  for what, name in ((make().module, "ViT"), ("runs/digits", "'runs/digits'"), (None, "None")):
+    with pytest.raises(ValueError, match=rf"^freeze takes a Model, .*, not {name}; .*export orbax") as caught:
+      tokred.freeze(what)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_frozen_config_is_plain_and_survives_json():
   model = make(1, a=PAIR)
   frozen = tokred.freeze(model)

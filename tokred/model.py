@@ -251,10 +251,14 @@ def freeze(model: Model) -> Model:
   A model with neither comes back as it is.
 
   Raises:
-    ValueError: the model has no parameters.
+    ValueError: no Model, or one without parameters.
   """
   if not isinstance(model, Model):
-    raise ValueError(f"{model!r} has no parameters to freeze; export orbax or safetensors too")
+    name = type(model).__name__ if "\n" in repr(model) else repr(model)  # a module's has many lines
+    raise ValueError(
+      f"freeze takes a Model, as tokred.build and tokred.load give it, not {name}; of an export that is a function "
+      "alone, export orbax or safetensors too"
+    )
   model = _without_heads(_with_shares(model))
   spots = model.module.sites.spots
   learned = [index for index, spot in enumerate(spots) if spot.rate in rates.LEARNED]
