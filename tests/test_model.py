@@ -113,6 +113,8 @@ def test_images_of_another_shape_and_missing_parameters():
   model = tokred.build(dict(model=MODEL))
   with pytest.raises(ValueError, match=r"no parameters.*model\.init\(\)"):
     model(IMAGES)
+  with pytest.raises(ValueError, match=r"no parameters.*model\.init\(\)"):
+    model.with_sites({})
   with pytest.raises(ValueError, match=r"freeze needs parameters"):
     tokred.freeze(tokred.build(dict(model=MODEL, sites=dict(a=PAIR))))
   model = model.init()

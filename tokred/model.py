@@ -78,20 +78,24 @@ class Model:
     """The same weights with other sites; parameters that their reducers have and these weights do not are drawn anew.
 
     Raises:
-      ValueError: an error in the sites.
+      ValueError: an error in the sites, or no parameters yet.
     """
-    made = build(self.config.to_dict() | {"sites": dict(sites)})
+    self._check_params()
+    made = build(self.config.to_dict() | {"sites": sites})
     target = flatten_dict(jax.eval_shape(lambda: init(made.module, self.config.seed)), sep="/")
     own = flatten_dict(self.params, sep="/")
     drawn = flatten_dict(made.init().params, sep="/") if target.keys() - own.keys() else {}
     return dataclasses.replace(made, params=unflatten_dict({n: own.get(n, drawn.get(n)) for n in target}, sep="/"))
 
   def _run(self, images: Array, report: bool) -> vit.Output:
-    if self.params is None:
-      raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
+    self._check_params()
     _check_images(images, self.config.model, "batch")
     output = forward(self.module, self.mode, report)(self.params, images)
     return output.replace(counts=self.module.sites.counts()) if self.mode == "gather" else output
+
+  def _check_params(self) -> None:
+    if self.params is None:
+      raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
 
   def _price(self, price: Any) -> float:
     if self.mode == "mask":
@@ -139,8 +143,7 @@ class Reader(Model):
     return jax.jit(run)(self.params)
 
   def _checked(self, ids: Any, images: Any, slot: Any, mask: Any = None) -> tuple[np.ndarray, Any, np.ndarray]:
-    if self.params is None:
-      raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
+    self._check_params()
     ids, s, token = np.asarray(ids), self.module.tower.shape, self.module.image_token
     _check_images(images, self.config.model, "batch", "images of a row")
     if not jnp.issubdtype(ids.dtype, jnp.integer):
