@@ -140,6 +140,17 @@ def test_bad_numbers():
     interleave({}, rounds=0)
 
 
+@pytest.mark.parametrize("sizes", [8, (), ("8",), (1.5,), "18"])
+def test_batch_sizes_are_integers(sizes):
+  with pytest.raises(ValueError, match=r"batch_sizes=.*; valid: integers, such as \(1, 8, 64\)"):
+    compare(Handle(1.0), Handle(1.0), sizes)
+
+
+def test_a_path_is_no_model():
+  with pytest.raises(ValueError, match=r"'runs/x' is no model that can be called; valid: what tokred.load returns"):
+    compare("runs/x", Handle(1.0))
+
+
 def test_table_says_where_it_does_not_pay():
   slower = row(batch_size=1, speedup=0.8, speedup_low=0.7, speedup_high=0.9, pays=False)
   unclear = row(batch_size=4, speedup=1.02, speedup_low=0.98, speedup_high=1.1, pays=False)

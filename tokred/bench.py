@@ -116,10 +116,15 @@ def compare(
     One row a batch size, in the given order.
 
   Raises:
-    ValueError: a batch size below 1.
+    ValueError: something else than models, no batch sizes, or one that is no integer or below 1.
     TypeError: a model returns something without arrays that JAX could wait for: its times would be those of the
       dispatch.
   """
+  for each in (model, baseline):
+    if not callable(each):
+      raise ValueError(f"{each!r} is no model that can be called; valid: what tokred.load returns")
+  if np.ndim(batch_sizes) != 1 or np.asarray(batch_sizes).dtype.kind not in "iu":  # float where there is none
+    raise ValueError(f"batch_sizes={batch_sizes!r}; valid: integers, such as (1, 8, 64)")
   for batch_size in batch_sizes:
     if batch_size < 1:
       raise ValueError(f"batch_sizes={tuple(batch_sizes)!r}: {batch_size} images cannot be measured; valid: 1 or more")
