@@ -88,6 +88,9 @@ def test_bad_prompts(folder):
       ids=np.tile(p["ids"], 2), mask=np.tile(p["mask"], 2)
     ),
     r"images of shape \(2, 16, 16, 3\); valid: \(2, 1, 16, 16, 3\)": dict(images=p["images"][:, 0]),
+    r"images of dtype uint8; valid: float32, normalised": dict(images=p["images"].astype(np.uint8)),
+    r"ids of dtype float32; valid: integers": dict(ids=p["ids"].astype(np.float32)),
+    r"ids from 3 to 9999; valid: 0 to 39": dict(ids=np.where(p["ids"] == 3, 3, 9999)),
     r"row 1 has 15 placeholders \(id 3\); valid: 16, 16 for each of 1 images": dict(
       ids=np.where(np.arange(42).reshape(2, 21) == 21 + 5, 6, p["ids"])
     ),

@@ -139,7 +139,7 @@ class Generation:
       raise ValueError(f"count={count}: no such count of image tokens; valid: {', '.join(map(str, c['counts']))}")
     if not 0 < new <= c["max_new_tokens"]:
       raise ValueError(f"max_new_tokens={new}; valid: 1 to {c['max_new_tokens']}")
-    ids, mask, images, slot = self._as_taken(np.asarray(ids), mask, np.asarray(images, np.float32))
+    ids, mask, images, slot = self._as_taken(np.asarray(ids), mask, np.asarray(images))
     run = self.functions[count]
     seen = run["encoder"](self.weights, images, slot)
     logits, cache = run["prefill"](self.weights, ids, mask, slot, *seen)
@@ -159,8 +159,14 @@ class Generation:
     room, wanted = (c["batch_size"], c["prompt_length"]), (c["images"], *c["image_size"], c["channels"])
     if ids.ndim != 2 or not len(ids) or ids.shape[0] > room[0] or ids.shape[1] > room[1] or mask.shape != ids.shape:
       raise ValueError(f"ids of shape {ids.shape} and mask of {mask.shape}; valid: at most {room}, both alike")
+    if not np.issubdtype(ids.dtype, np.integer):
+      raise ValueError(f"ids of dtype {ids.dtype}; valid: integers")
+    if ids.min(initial=0) < 0 or ids.max(initial=0) >= c["vocab"]:
+      raise ValueError(f"ids from {ids.min()} to {ids.max()}; valid: 0 to {c['vocab'] - 1}")
     if images.shape != (len(ids), *wanted):
       raise ValueError(f"images of shape {images.shape}; valid: {(len(ids), *wanted)}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):  # pixels of 0 to 255
+      raise ValueError(f"images of dtype {images.dtype}; valid: float32, normalised: (pixels / 255 - mean) / std")
     there = mask & (ids == c["image_token"])
     if (there.sum(1) != c["images"] * c["patches"]).any():
       row = int((there.sum(1) != c["images"] * c["patches"]).argmax())
@@ -171,7 +177,8 @@ class Generation:
     slot = np.stack([np.flatnonzero(row) for row in there]).reshape(-1, c["images"], c["patches"]).astype(np.int32)
     fill = lambda a: np.concatenate([a, np.repeat(a[-1:], room[0] - len(a), axis=0)])  # noqa: E731
     wider = ((0, 0), (0, room[1] - ids.shape[1]))
-    return fill(np.pad(ids, wider).astype(np.int32)), fill(np.pad(mask, wider)), fill(images), fill(slot)
+    ids, images = np.pad(ids, wider).astype(np.int32), images.astype(np.float32)
+    return fill(ids), fill(np.pad(mask, wider)), fill(images), fill(slot)
 
 
 def open_generation(directory: str | os.PathLike[str]) -> Generation:
