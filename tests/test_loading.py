@@ -128,6 +128,14 @@ def test_a_run_that_does_not_fit_lists_both_sides(run):
   assert "head/kernel (16, 10) for (16, 7)" in message
 
 
+def test_fields_that_are_no_dict(run):
+  for sites in ([1], "topk"):
+    with pytest.raises(ValueError, match=r"config.sites=.* must be a dict of fields; valid: a dict of fields for each"):
+      tokred.load(run, sites=sites)
+  with pytest.raises(ValueError, match=r"model='S/16' must be a dict of fields of config.model"):
+    tokred.load(run, model="S/16")
+
+
 def test_paths_that_are_nothing(run, tmp_path):
   for path in (tmp_path / "absent", tmp_path):
     with pytest.raises(FileNotFoundError, match="is no run directory, export or file of weights"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from tokred import checkpoint, export, lora, pretrained, run_dir
 from tokred.config import complete
@@ -42,10 +43,12 @@ def load(
       raise ValueError(f"{path} is a function without parameters: it takes no other sites or model; export orbax too")
     return export.load(path)
   source = _source(path)
+  if model is not None and not isinstance(model, (Mapping, ConfigDict)):
+    raise ValueError(f"model={model!r} must be a dict of fields of config.model, such as dict(num_classes=10)")
   model = dict(model or {})
   config = read_config(path).to_dict() if source is None else source.config(model)
   if sites is not None:
-    config["sites"] = dict(sites)
+    config["sites"] = sites
   config["model"] = config["model"] | model
   made = build(config)
   target = jax.eval_shape(lambda: init(made.module, made.config.seed))
