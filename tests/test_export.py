@@ -177,6 +177,9 @@ def test_other_folders_are_left_alone(plain, tmp_path):
     (dict(formats=()), "must be a list of names; valid: orbax, stablehlo"),
     (dict(platforms=("cpu", "gpu")), "platforms has 'gpu'; .*valid: cpu, cuda, rocm, tpu"),
     (dict(batch_size=0), "batch_size=0; valid: 1 or more"),
+    (dict(batch_size=1.5), "batch_size=1.5; valid: 1 or more"),
+    (dict(batch_size="8"), "batch_size='8'; valid: 1 or more"),
+    (dict(model="runs/digits"), "freeze takes a Model, .* not 'runs/digits'"),
     (dict(formats=("orbax",), batch_size=2), "batch_size=2 is of a function, and formats=orbax has none; .* or onnx"),
     (dict(formats=("onnx",), platforms=("tpu",)), "platforms=.*formats=onnx has none; leave it out, or add stablehlo$"),
     (dict(formats=("orbax",), preprocess=True), "preprocess=True is of a function"),
@@ -185,7 +188,7 @@ def test_other_folders_are_left_alone(plain, tmp_path):
 )
 def test_arguments(arguments, message, tmp_path):
   with pytest.raises(ValueError, match=message):
-    export.save(make({}), tmp_path / "exported", **arguments)
+    export.save(**dict(model=make({}), directory=tmp_path / "exported") | arguments)
   with pytest.raises(ValueError, match="no parameters"):
     export.save(tokred.build(dict(model=MODEL)), tmp_path / "exported")
   assert not os.listdir(tmp_path)

@@ -119,8 +119,8 @@ def save(
     ExportError: the directory cannot be written, or does not run; what was there before is still there.
   """
   check(directory, formats, batch_size=batch_size, platforms=platforms, dtype=dtype, preprocess=preprocess)
-  source, trained, directory = model.config, model, Path(directory).absolute()
-  model = freeze(model)
+  trained, model, directory = model, freeze(model), Path(directory).absolute()
+  source = trained.config
   if model.params is None:
     raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
   if preprocess and not model.config.model.num_classes:
@@ -187,8 +187,8 @@ def check(
     for name in names:
       if name not in valid:
         raise ValueError(f"{field} has {name!r}; {nearest(name, valid)}")
-  if batch_size is not None and batch_size < 1:
-    raise ValueError(f"batch_size={batch_size}; valid: 1 or more, or None for any")
+  if batch_size is not None and (not isinstance(batch_size, (int, np.integer)) or batch_size < 1):
+    raise ValueError(f"batch_size={batch_size!r}; valid: 1 or more, or None for any")
   if dtype not in (None, *DTYPES):
     raise ValueError(f"dtype={dtype!r}; {nearest(dtype, DTYPES)}")
   for field, value in dict(batch_size=batch_size, preprocess=preprocess or None, platforms=platforms).items():
