@@ -76,6 +76,13 @@ def counts(**named):
       r"sites.s.keep=0.7, but \('sit_reverse',\) takes no token away; drop the field",
     ),
     (dict(reducer="recover", place="output", r=2), r"sites.s.r=2, but \('recover',\) takes no token away; drop the f"),
+    (dict(TOPK, keep=float("nan")), r"sites.s.keep=nan must be a share \(float up to 1.0\) or a number of tokens"),
+    (dict(TOPK, rate=0.5), r"sites.s.rate=0.5 is not a rate; valid: fixed"),
+    (
+      dict(reducer="tome", layers=(1,), r="13"),
+      r"sites.s.r='13' must be a number of tokens, \(r, inflection\), or a tu",
+    ),
+    (dict(reducer="gumbel", layers=(1,), keep=0.5, temperature=-1.0), r"sites.s.temperature=-1.0 must be above 0"),
     (dict(reducer="avit", layers=(1, 3)), r"sites.s.layers=\(1, 3\), but \('avit',\) acts in every block; valid: r"),
     (dict(DYT, anneal=5), r"sites.s.anneal=5 must hold \(option, from, to, first step, last step\), values above 0"),
     (dict(DYT, anneal=("temperature", 4.0, 1.0, 0, 9)), r"sites.s.anneal=\('temperature', .* must hold \(option"),
@@ -357,3 +364,17 @@ def test_a_learned_rate_does_not_gather():
 def test_no_option_of_a_reducer_has_the_name_of_a_field_of_a_site():
   for name, cls in base.REGISTRY.items():
     assert not ({field.name for field in dataclasses.fields(cls)} - drafts.PLACED) & set(drafts.FIELDS), name
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a.b", "a b"])
+def test_names_of_sites_are_words(name):
+  """They stand in paths of parameters and in names of metrics."""
+  with pytest.raises(ValueError, match=r"config.sites has '.*'; valid: a name of letters, digits and underscores"):
+    parse(**{name: TOPK})
+
+
+@pytest.mark.parametrize("name, cls", [("", base.Planner), (base.Planner, base.Planner), ("new", object)])
+def test_only_reducers_are_registered_and_by_a_name(name, cls):
+  with pytest.raises(ValueError, match=r"^register\(.*\).*; valid: a "):
+    base.register(name)(cls)
+  assert "new" not in base.REGISTRY

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,8 @@ def of_site(name: str, site: Mapping[str, Any], stack: Stack) -> list[dict[str, 
   Raises:
     ValueError: names the field, the value and what is valid.
   """
+  if not re.fullmatch(r"\w+", str(name)):
+    raise ValueError(f"config.sites has {name!r}; valid: a name of letters, digits and underscores")
   field = f"sites.{name}"
   names, classes = _reducers(field, site, stack)
   place = _place(field, site, names, classes)
@@ -130,7 +133,7 @@ def _rate(field: str, site: Mapping[str, Any], place: str, names: tuple[str, ...
   """Who says how many, which the reducers and the place allow."""
   rate = site.get("rate", "fixed")
   if rate not in rates.RATES:
-    raise ValueError(f"{field}.rate={rate!r} is not a rate; {nearest(rate, rates.RATES)}")
+    raise ValueError(f"{field}.rate={rate!r} is not a rate; {nearest(str(rate), rates.RATES)}")
   if rate == "learned" and (("keep" in site) or ("r" in site)):
     raise ValueError(f"{field}.keep is learned: drop the field, or set {field}.rate='fixed'")
   if rate == "scheduled" and any(cls.still for cls in classes):
@@ -272,6 +275,8 @@ def _options(field: str, site: dict, names: tuple[str, ...], classes: list[type]
       number = kind is float and type(value) is int
       if option.name in given and kind in (bool, int, float, str) and type(value) is not kind and not number:
         raise ValueError(f"{field}.{option.name}={value!r} must be of type {kind.__name__}")
+      if option.name in given and option.name in cls.annealable and not 0 < value < math.inf:
+        raise ValueError(f"{field}.{option.name}={value!r} must be above 0, and finite")
   options = [tuple(sorted((k, v) for k, v in given.items() if k in fields)) for fields in own]
   for cls, chosen in zip(classes, options, strict=True):
     _needed(field, cls, chosen)
@@ -339,6 +344,8 @@ def _values(
   """keep (or `name`) and r of one spot, out of a number or of nested tuples."""
   if "r" in site:
     r = site["r"]
+    if not all(map(_number, r if isinstance(r, (tuple, list)) else (r,))):
+      raise ValueError(f"{field}.r={r!r} must be a number of tokens, (r, inflection), or a tuple with one a layer")
     if isinstance(r, (tuple, list)) and not (len(r) == 2 and isinstance(r[1], float)):
       if len(r) > layers:
         raise ValueError(f"{field}.r={r} has {len(r)} entries for {layers} layers")

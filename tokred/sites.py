@@ -29,6 +29,7 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
 Every other field is an option of the reducer, that is a field of its class.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -152,7 +153,7 @@ def _count(
     if not (isinstance(removed, int) and removed >= 0):
       raise ValueError(f"{field}.r={removed!r} must be a number of tokens, 0 or more")
     count = reducer.left(removed, arriving, protected)  # r is clipped to what the method can take
-  elif isinstance(keep, bool) or not isinstance(keep, (int, float)):
+  elif isinstance(keep, bool) or not isinstance(keep, (int, float)) or not math.isfinite(keep):
     raise ValueError(f"{field}.keep={keep!r} must be a share (float up to 1.0) or a number of tokens (int)")
   elif isinstance(keep, float) and keep <= 1.0:
     if keep <= 0.0:

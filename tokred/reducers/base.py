@@ -31,9 +31,17 @@ REGISTRY: dict[str, type["Reducer"]] = {}
 
 
 def register(name: str) -> Callable[[type["Reducer"]], type["Reducer"]]:
-  """Class decorator: makes a reducer known to configs as `reducer=name`."""
+  """Class decorator: makes a reducer known to configs as `reducer=name`.
+
+  Raises:
+    ValueError: no name, something else than a class of reducers, or a name that another one has.
+  """
+  if not isinstance(name, str) or not name:
+    raise ValueError(f"register({name!r}); valid: a name, as in @tokred.register('name')")
 
   def add(cls: type["Reducer"]) -> type["Reducer"]:
+    if not (isinstance(cls, type) and issubclass(cls, Reducer)):
+      raise ValueError(f"register({name!r}) takes a class of reducers, not {cls!r}; valid: a Reducer or a Planner")
     if name in REGISTRY and REGISTRY[name].__qualname__ != cls.__qualname__:
       raise ValueError(f"reducer {name!r} is registered already, by {REGISTRY[name].__module__}")
     REGISTRY[name] = cls
