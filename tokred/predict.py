@@ -16,11 +16,12 @@ from typing import BinaryIO
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from tokred.data import images as pictures
 from tokred.data import label_names
 from tokred.data.batches import mean_std, normalise
+from tokred.data.folder import read
 from tokred.export import Exported
 from tokred.loading import load
 from tokred.model import Model, freeze
@@ -37,8 +38,7 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, config: ConfigDict) -> n
   if isinstance(path, (str, os.PathLike)) and not Path(path).is_file():
     raise ValueError(f"image {str(path)!r}: no such file")
   try:
-    with Image.open(path) as picture:
-      array = pictures.to_array(ImageOps.exif_transpose(picture))  # upright, as in training
+    array = read(path)
   except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
     raise ValueError(
       f"image {str(path)!r} cannot be read: no image, or a damaged one ({type(error).__name__})"

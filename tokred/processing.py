@@ -64,22 +64,14 @@ class Processor:
 
   def _llava(self, ids: Any, images: Any, pad: int) -> dict[str, Any]:
     size = tuple(self.files.model["image_size"])
-    made = [[self._normal(self._cut(a, size)) for a in row] for row in images]
+    view = lambda a: pictures.fit(a, size, self.crop_fraction, self.resize, math.floor)  # noqa: E731
+    made = [[self._normal(view(a)) for a in row] for row in images]
     patches = num_patches(self.files)
     line, mask = self._filled(ids, [[patches] * len(row) for row in images], pad)
     stack = stacked(made, size)
     return dict(
       ids=line, images=stack, slot=placeholders.slots(line, self.files.image_token, stack.shape[1], patches), mask=mask
     )
-
-  def _cut(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`data.images.fit`, but the cut's corner is rounded down, as transformers has it, not to the nearest pixel."""
-    if not self.crop_fraction:
-      return pictures.resize(image, size, self.resize)
-    covering = max(int(own / self.crop_fraction + 1e-6) / side for own, side in zip(size, image.shape[:2], strict=True))
-    image = pictures.resize(image, tuple(int(side * covering + 1e-6) for side in image.shape[:2]), self.resize)
-    top, left = ((side - own) // 2 for side, own in zip(image.shape[:2], size, strict=True))
-    return image[top : top + size[0], left : left + size[1]]
 
   def _llava_next(self, ids: Any, images: Any, pad: int) -> dict[str, Any]:
     tile, side = self.files.model["image_size"][0], math.isqrt(num_patches(self.files))

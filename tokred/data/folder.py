@@ -10,7 +10,7 @@ import hashlib
 import os
 from concurrent import futures
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -97,7 +97,7 @@ def keep_readable(files: tuple[File, ...], bad_images: str) -> tuple[tuple[File,
   return tuple(file for file in files if file.path not in bad), len(bad)
 
 
-def read(path: str | os.PathLike, *, small: bool = False) -> np.ndarray:
+def read(path: str | os.PathLike | BinaryIO, *, small: bool = False) -> np.ndarray:
   """Decodes an image file to uint8 (height, width, 1 or 3), upright as its EXIF says; `small`: JPEG at an eighth."""
   with Image.open(path) as picture:
     if small:

@@ -1,5 +1,7 @@
 """Between files, PIL and uint8 arrays (height, width, channels) with 1 or 3 channels; no randomness here."""
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image
 
@@ -49,13 +51,16 @@ def resize(image: np.ndarray, size: tuple[int, int], method: str, box: tuple[flo
   return to_array(to_picture(image).resize((size[1], size[0]), RESIZE[method], box))
 
 
-def fit(image: np.ndarray, size: tuple[int, int], crop_fraction: float, method: str) -> np.ndarray:
+def fit(
+  image: np.ndarray, size: tuple[int, int], crop_fraction: float, method: str, corner: Callable[[float], int] = round
+) -> np.ndarray:
   """The view of evaluation: resize until `size / crop_fraction` is just covered, then the central `size`.
 
   Where `crop_fraction` is 0 nothing is cut off: the whole image is squeezed into `size`.
 
-  Rounding follows what the field trains with: the covering side is floored, the crop is centred by rounding. An image
-  that already has that size is not resampled.
+  Rounding follows what the field trains with: the covering side is floored, the crop is centred by rounding; by another
+  rule of its corner where `corner` is given (transformers has math.floor). An image that already has that size is not
+  resampled.
   """
   height, width = image.shape[:2]
   if not crop_fraction:
@@ -65,5 +70,5 @@ def fit(image: np.ndarray, size: tuple[int, int], crop_fraction: float, method: 
   resized = (int(height * covering + 1e-6), int(width * covering + 1e-6))
   if resized != (height, width):
     image = resize(image, resized, method)
-  top, left = round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
+  top, left = corner((resized[0] - size[0]) / 2), corner((resized[1] - size[1]) / 2)
   return image[top : top + size[0], left : left + size[1]]
