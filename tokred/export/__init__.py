@@ -15,9 +15,6 @@ The folder is written under a temporary name and renamed when it is whole.
 import dataclasses
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +35,6 @@ from tokred.export.card import markdown
 from tokred.export.folder import (
   CARD,
   FORMATS,
-  FRESH,
   FUNCTION,
   GRAPH,
   PARAMS,
@@ -47,6 +43,7 @@ from tokred.export.folder import (
   WEIGHTS,
   ExportError,
   check_replaceable,
+  in_fresh_process,
   read_card,
   replacing,
 )
@@ -294,15 +291,7 @@ def verify(directory: str | os.PathLike[str], images: np.ndarray, logits: np.nda
 
 
 def _verify(directory: str | os.PathLike[str], images: np.ndarray, logits: Any) -> dict[str, dict[str, float]]:
-  with tempfile.TemporaryDirectory() as folder:
-    recorded = Path(folder) / "recorded.npz"
-    np.savez(recorded, images=images, logits=np.asarray(logits))
-    command = [sys.executable, "-m", "tokred.export", str(directory), str(recorded)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | FRESH)
-  if done.returncode:
-    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    raise ExportError(f"{directory} does not run in a fresh process: {reason}")
-  found = json.loads(done.stdout.splitlines()[-1])
+  found = in_fresh_process("tokred.export", directory, images=images, logits=np.asarray(logits))
   for name, values in found.items():
     if not np.isfinite(values["difference"]):
       raise ExportError(f"{directory}: {name} gives values that are not finite")

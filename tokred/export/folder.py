@@ -4,9 +4,14 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tokred import files, run_dir
 
@@ -17,10 +22,6 @@ PARAMS, WEIGHTS, FUNCTION, GRAPH = "params", "model.safetensors", "model.stableh
 GRAPH_DATA = "model.onnx.data"  # weights of graphs beyond what one file of protobuf holds
 OURS = {CARD, LANGUAGE_CARD, README, PARAMS, WEIGHTS, FUNCTION, GRAPH, GRAPH_DATA, files.MANIFEST, run_dir.WORDS}
 FORMATS = ("orbax", "stablehlo", "safetensors", "onnx")
-
-
-# Of the process that compares: an error ends with what happened, and not with how JAX has shortened its traceback.
-FRESH = {"JAX_TRACEBACK_FILTERING": "off"}
 
 
 class ExportError(ValueError):
@@ -89,3 +90,27 @@ def read_card(directory: str | os.PathLike[str], part: str | None = None) -> dic
   if damage:
     raise ExportError(f"{directory} is damaged: {damage}; export the model again")
   return card
+
+
+def in_fresh_process(module: str, directory: str | os.PathLike[str], **arrays: Any) -> Any:
+  """What `python -m MODULE DIRECTORY FILE.npz` prints as JSON in its last line, in a process of its own.
+
+  Args:
+    module: of tokred.export.
+    directory: the export.
+    arrays: what the file holds, by name.
+
+  Raises:
+    ExportError: it failed; the message has the last line of what it said.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    recorded = Path(folder) / "recorded.npz"
+    np.savez(recorded, **arrays)
+    # Unfiltered, an error ends with what happened, and not with how JAX has shortened its traceback.
+    own = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}
+    command = [sys.executable, "-m", module, str(directory), str(recorded)]
+    done = subprocess.run(command, capture_output=True, text=True, env=own)
+  if done.returncode:
+    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    raise ExportError(f"{directory} does not run in a fresh process: {reason}")
+  return json.loads(done.stdout.splitlines()[-1])

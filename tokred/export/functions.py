@@ -25,6 +25,12 @@ def here() -> str:
   return jax_export.default_export_platform()
 
 
+def check_platform(directory: Any, card: Mapping[str, Any]) -> None:
+  """Raises ExportError where the functions of an export are for other platforms than this one."""
+  if here() not in card["platforms"]:
+    raise ExportError(f"{directory} was exported for {', '.join(card['platforms'])}, and this is {here()}")
+
+
 def in_dtype(model: Model, dtype: str) -> Model:
   """The model with activations and stored weights of a dtype."""
   config = model.config.to_dict()

@@ -16,9 +16,7 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +30,9 @@ from safetensors.numpy import load_file, save_file
 
 import tokred
 from tokred import files, run_dir
-from tokred.export.folder import FRESH, WEIGHTS, ExportError, check_replaceable, replacing
 from tokred.export.folder import LANGUAGE_CARD as CARD
-from tokred.export.functions import PLATFORMS, here
+from tokred.export.folder import WEIGHTS, ExportError, check_replaceable, in_fresh_process, replacing
+from tokred.export.functions import PLATFORMS, check_platform, here
 from tokred.model import Reader, build, freeze
 from tokred.tokens import Tokens
 
@@ -194,8 +192,7 @@ def open_generation(directory: str | os.PathLike[str]) -> Generation:
     raise ExportError(f"{directory} holds no export of a vision-language model: {error}") from None
   if damage := files.find_damage(directory):
     raise ExportError(f"{directory} is damaged: {damage}")
-  if here() not in card["platforms"]:
-    raise ExportError(f"{directory} was exported for {', '.join(card['platforms'])}, and this is {here()}")
+  check_platform(directory, card)
   read = lambda path: jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)  # noqa: E731
   functions = {n: {name: read(directory / str(n) / f"{name}.stablehlo") for name in PARTS} for n in card["counts"]}
   return Generation(card, {name: jnp.asarray(a) for name, a in load_file(directory / WEIGHTS).items()}, functions)
@@ -288,14 +285,7 @@ def _check(
 
 
 def _compare(directory: Path, prompts: dict[str, np.ndarray], wanted: dict[int, np.ndarray]) -> None:
-  with tempfile.TemporaryDirectory() as folder:
-    file = Path(folder) / "prompts.npz"
-    np.savez(file, **prompts)
-    command = [sys.executable, "-m", "tokred.export.generation", str(directory), str(file)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | FRESH)
-  if run.returncode:
-    raise ExportError(f"{directory} does not run in a fresh process: {(run.stderr.strip().splitlines() or ['?'])[-1]}")
-  got = json.loads(run.stdout.strip().splitlines()[-1])
+  got = in_fresh_process("tokred.export.generation", directory, **prompts)
   for count, tokens in wanted.items():
     if not np.array_equal(got[str(count)], tokens):
       raise ExportError(

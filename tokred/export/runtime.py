@@ -17,7 +17,7 @@ from tokred import memory
 from tokred.config import complete
 from tokred.data.batches import mean_std, normalise
 from tokred.export.folder import FUNCTION, GRAPH, ExportError, read_card
-from tokred.export.functions import here
+from tokred.export.functions import check_platform
 
 
 @struct.dataclass
@@ -117,8 +117,7 @@ def load_onnx(directory: str | os.PathLike[str]) -> Callable[[Any], np.ndarray]:
 
 
 def _stablehlo(directory: str | os.PathLike[str], card: dict[str, Any]) -> Callable[[Any], jax.Array]:
-  if here() not in card["platforms"]:
-    raise ExportError(f"{directory} was exported for {', '.join(card['platforms'])}, and this is {here()}")
+  check_platform(directory, card)
   memory.keep_freed()
   return jax.jit(jax_export.deserialize(bytearray((Path(directory) / FUNCTION).read_bytes())).call)
 
