@@ -21,7 +21,7 @@ USED = {  # fields that only some rates read; a softness of learned thresholds s
 }
 POSITIONS = ("original", "reindex")
 WHOLES = ("arriving", "input")
-PLACED = frozenset({"layer", "depth", "place", "prefix", "source"})  # fields of a reducer that its site fills in
+PLACED = frozenset({"layer", "depth", "place", "prefix", "source", "heads"})  # of a reducer; its site fills them in
 
 Classes = Sequence[type[base.Reducer]]
 
@@ -84,8 +84,10 @@ def _reducers(field: str, site: Mapping[str, Any], stack: Stack) -> tuple[tuple[
   classes = [base.get(reducer, f"{field}.reducer") for reducer in names]
   for cls, reducer in zip(classes, names, strict=True):
     if stack.name not in cls.stacks:
+      others = sorted(other for other, suits in base.REGISTRY.items() if stack.name in suits.stacks)
       raise ValueError(
-        f"{field}.stack={stack.name!r} does not suit reducer {reducer!r}; valid: {', '.join(cls.stacks)}"
+        f"{field}.reducer={reducer!r} does not suit stack={stack.name!r}, but {', '.join(cls.stacks)}; valid there: "
+        f"{', '.join(others)}"
       )
   if site.get("stack", stack.name) != stack.name:
     raise ValueError(f"{field}.stack={site['stack']!r} does not exist in this model; valid: {stack.name}")
@@ -239,7 +241,7 @@ def _rate_fields(field: str, site: Mapping[str, Any], rate: str, stack: Stack) -
 def _placed(cls: type[base.Reducer], layer: int, place: str, stack: Stack) -> tuple[tuple[str, Any], ...]:
   """Fields of a reducer that tell it where it stands."""
   placed = dict(layer=stack.depth if layer < 0 else layer, depth=stack.depth, place=place)
-  placed |= dict(prefix=stack.num_protected, source=stack.num_tokens)
+  placed |= dict(prefix=stack.num_protected, source=stack.num_tokens, heads=stack.heads)
   return tuple((key, value) for key, value in placed.items() if key in PLACED & _fields(cls))
 
 

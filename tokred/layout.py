@@ -19,6 +19,7 @@ class Stack:
   num_protected: int
   has_cls: bool = True
   name: str = "encoder"  # or llm, a decoder's
+  heads: int = 0  # llm: of keys and values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Plan:
 
 
 APPENDED = "state/appended"  # (B, N) bool feature: behind the prompt, so that it must decide for itself
+VISUAL = "state/visual"  # (B, N) int32 feature: which of its row's visual tokens, from 0
 SOURCE = "state/source"  # (B, N) int32 feature: how many unprotected tokens its row had at first, padding not counted
 
 

@@ -23,7 +23,7 @@ CUTS = {
   "glimpse": dict(LLM, reducer="glimpse", hidden=16, num_heads=2, position="reindex"),
   "gumbel": dict(LLM, reducer="gumbel", keep=0.5),
   "autoencoder": dict(LLM, reducer="autoencoder", keep=0.5, num_layers=1),
-  "attention_gate": dict(LLM, reducer="attention_gate", place="ahead", heads=2, hidden=8),
+  "attention_gate": dict(LLM, reducer="attention_gate", place="ahead", hidden=8),
 }
 FAST = ("qtsplus", "attention_gate")
 

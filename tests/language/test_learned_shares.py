@@ -83,13 +83,13 @@ def test_what_layers_cost():
     (dict(SITE, keep=0.5, of="imput"), r"sites.a.of='imput' is not what a share is of; did you mean 'input'"),
     (
       dict(SITE, layers=(1,), keep=0.5, place="around"),
-      r"sites.a.reducer='topk' is not available in the llm; valid: gamma_mod, rou",
+      r"sites.a.reducer='topk' has no rule for the tokens that are written.*; valid: gamma_mod, router$",
     ),
     (
       dict(SITE, reducer="covipal", layers=(1,), score=None, guide=0, keep=0.5),
       r"sites.a.guide=0 is no layer behind it; valid: 1 ",
     ),
-    (dict(SITE, reducer="attention_gate", place="ahead", heads=3), r"sites.a.heads=3; valid: 2, those of keys and va"),
+    (dict(SITE, reducer="attention_gate", place="ahead", heads=3), r"sites.a.heads is not a field of a site"),
     (
       dict(SITE, reducer="router", place="around", layers=(1,), keep=0.5, frame=4, text=True),
       r"sites.a.text=True: frames are of v",

@@ -211,7 +211,7 @@ def test_masked_is_gathered_and_garbage_is_inert(name):
     ),
     (
       dict(stack="llm", reducer="tome", layers=(1,), keep=0.5),
-      r"sites.s.reducer='tome' is not available in the llm; v",
+      r"sites.s.reducer='tome' does not suit stack='llm', but encoder; valid there: atp, attention_g",
     ),
     (
       dict(stack="llm", reducer="topk", layers=(2,), place="before", score="token_norm", rate="learned", granularity=2),

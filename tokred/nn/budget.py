@@ -18,18 +18,13 @@ from tokred.layout import Sites, Spot, Stack
 from tokred.nn.decoder_scope import ROUTE
 from tokred.nn.received import FEATURES
 from tokred.rates import Rows, Shares, Threshold
+from tokred.reducers.base import REGISTRY
 from tokred.sites import parse
-from tokred.tokens import Array
+from tokred.tokens import VISUAL, Array
 
 PLACES = ("before", "around", "ahead", "attn", "after")
-# Planners that look at a row's free tokens only and take a count for each row.  Those that split tokens by their places
-# in a row (ToMe and its kin) would take the text into account, and the padding.
-SUITED = ("autoencoder", "dpcknn", "dtd", "facility", "flashvlm", "gumbel", "holov", "kmedoids", "maxmin", "mmr")
-SUITED += ("mmtok", "pool", "remember", "sparsevlm", "temporal_merge", "topk", "visionzip")
-LEARNED = ("atp", "covipal", "dyvte", "glimpse", "qtsplus")  # these read the text, too
-ROUTERS = ("gamma_mod", "router")  # around a layer
 PROVIDED = ("last_attention", "last_attention_ahead", "query", "key", "value", "update", "self_attention")
-PROVIDED += ("text_attention",)
+PROVIDED += ("text_attention", VISUAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,25 +46,29 @@ def census(mask: Any, protected: Any) -> Census:
   return Census(int((mask & ~protected).sum(1).min()), int((mask & protected).sum(1).max()))
 
 
-def layout(sites: Mapping[str, Any], depth: int, length: int) -> Sites:
+def layout(sites: Mapping[str, Any], depth: int, length: int, heads: int) -> Sites:
   """Validates the sites of a language stack; how many tokens arrive is known with a prompt only.
 
   Args:
     sites: `config.sites`, those of this stack.
     depth: layers.
     length: the longest prompt.
+    heads: of keys and values.
 
   Raises:
     ValueError: names the field, the value and what is valid.
   """
-  out = parse(sites, Stack(depth, max(length, 2), 0, has_cls=False, name="llm"))
+  out = parse(sites, Stack(depth, max(length, 2), 0, has_cls=False, name="llm", heads=heads))
   for spot in out.spots:
     field = f"sites.{spot.site}"
     if spot.place not in PLACES:
       raise ValueError(f"{field}.place={spot.place!r} is not available in the llm; {nearest(spot.place, PLACES)}")
-    valid = {"around": ROUTERS, "ahead": ("attention_gate",)}.get(spot.place, SUITED + LEARNED)
-    if spot.reducer not in valid:
-      raise ValueError(f"{field}.reducer={spot.reducer!r} is not available in the llm; {nearest(spot.reducer, valid)}")
+    if spot.place == "around" and not spot.type.decodes:
+      valid = sorted(name for name, cls in REGISTRY.items() if cls.decodes)
+      raise ValueError(
+        f"{field}.reducer={spot.reducer!r} has no rule for the tokens that are written, and so cannot stand around a "
+        f"layer of the llm; valid: {', '.join(valid)}"
+      )
     _check_rate(spot, field)
     if spot.proportional:
       raise ValueError(f"{field}.proportional=True is not available in the llm; valid: False")

@@ -27,8 +27,7 @@ from tokred.nn.decoder_layer import SEGMENT, Block, Past, Shape
 from tokred.nn.decoder_scope import INDEX, SharedRouter
 from tokred.nn.rope import last_position
 from tokred.nn.unmerge import Places
-from tokred.reducers.atp import VISUAL
-from tokred.tokens import APPENDED, Array, Tokens
+from tokred.tokens import APPENDED, VISUAL, Array, Tokens
 
 DTYPES = ("float32", "bfloat16")
 
@@ -41,6 +40,18 @@ class Output:
   tokens: Tokens  # after the final norm; `owner` (B, S) tells where each token of the input is
   aux: dict[str, Any]  # "reduce/<site>/<name>": what its spots report; "owner/<layer>": (B, S) int32
   cache: Cache | None = None
+
+
+@struct.dataclass
+class Rows:
+  """What is given, in the order in which it is given."""
+
+  x: Array  # (B, S, D)
+  gate: Array  # (B, S) 0 where there is no token; floating, it is learned through
+  protected: Array  # (B, S) bool
+  position: Array | None  # (B, S[, axis]) int32
+  last: Array  # (B,) int32, index into S
+  feats: dict[str, Array]  # (B, S) each
 
 
 class Decoder(nn.Module):
@@ -105,9 +116,8 @@ class Decoder(nn.Module):
     Raises:
       ValueError: texts share rows, or tokens have several places, and sites, which count by row, act here.
     """
-    tokens, aux, _ = self._forward(
-      ids, x, mask, protected, position, last, segment, state, known, places, train, mode, None, options
-    )
+    rows = self._rows(ids, x, mask, protected, position, last, segment, state)
+    tokens, aux, _ = self._forward(rows, known, places, train, mode, options=options)
     return Output(self.logits(tokens.x), tokens, aux)
 
   def prefill(
@@ -124,9 +134,8 @@ class Decoder(nn.Module):
     places: Places | None = None,
   ) -> Output:
     """Reduces and caches prompts, with room for as many tokens more; logits (B, 1, vocab) of their last tokens."""
-    tokens, aux, cache = self._forward(
-      ids, x, mask, protected, position, None, None, state, known, places, False, "gather", room
-    )
+    rows = self._rows(ids, x, mask, protected, position, None, None, state)
+    tokens, aux, cache = self._forward(rows, known, places, False, "gather", room)
     end = jnp.maximum(tokens.alive.sum(1, dtype=jnp.int32) - 1, 0)
     return Output(self.logits(tk.take(tokens.x, end[:, None])), tokens, aux, cache)
 
@@ -148,13 +157,9 @@ class Decoder(nn.Module):
     table = self.embed.embedding.astype(x.dtype)
     return jnp.einsum("bnd,vd->bnv", x, table, preferred_element_type=jnp.float32)
 
-  def _forward(
-    self, ids: Any, x: Any, mask: Any, protected: Any, position: Any, last: Any, segment: Any, state: Any,
-    known: Census | None, places: Places | None, train: bool, mode: str, room: int | None,
-    options: Mapping[str, Array] | None = None,
-  ) -> tuple[Tokens, dict[str, Any], Cache | None]:  # fmt: skip
-    if places is not None and self.sites.spots:
-      raise ValueError(f"sites.{self.sites.spots[0].site}.stack='llm' cannot stand where tokens have several places")
+  def _rows(
+    self, ids: Any, x: Any, mask: Any, protected: Any, position: Any, last: Any, segment: Any, state: Any
+  ) -> Rows:
     if segment is not None and self.sites.spots:
       raise ValueError(
         f"sites.{self.sites.spots[0].site}.stack='llm' counts tokens by row, but several texts share one (segment): "
@@ -164,36 +169,49 @@ class Decoder(nn.Module):
     gate = jnp.ones(x.shape[:2], bool) if mask is None else jnp.asarray(mask)
     mask = gate > 0
     protected = jnp.ones_like(mask) if protected is None else protected > 0
-    place, appended = jnp.arange(x.shape[1]), None
+    appended = None if last is None else mask & (jnp.arange(x.shape[1]) > last[:, None])
     if last is None:
       last = x.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-    else:
-      appended = mask & (place > last[:, None])
-    more = {SEGMENT: segment, APPENDED: appended} | dict(state or {})
-    if any(spot.reducer == "atp" for spot in self.sites.spots):
-      more[VISUAL] = jnp.maximum(jnp.cumsum(mask & ~protected, axis=1, dtype=jnp.int32) - 1, 0)
+    feats = {SEGMENT: segment, APPENDED: appended} | dict(state or {})
+    visual = mask & ~protected
+    if any(VISUAL in spot.type.needs for spot in self.sites.spots):
+      feats[VISUAL] = jnp.maximum(jnp.cumsum(visual, axis=1, dtype=jnp.int32) - 1, 0)
     if any(spot.type.from_input for spot in self.sites.spots):
-      more[tk.SOURCE] = jnp.broadcast_to((mask & ~protected).sum(1, keepdims=True, dtype=jnp.int32), mask.shape)
-    tokens = _start(x, gate, protected, position, {name: jnp.asarray(a) for name, a in more.items() if a is not None})
-    keeps = {}
-    if self.sites.spots:
-      slots, caps = x.shape[1], (x.shape[1],) * len(self.sites.spots)
-      if mode == "gather":
-        more = appended is not None
-        caps = budget.capacities(self.sites, slots, known or _counted(mask, protected), more)
-      prompt = mask if appended is None else mask & ~appended
-      text, free, asked = (
-        (a & b).sum(1, dtype=jnp.int32) for a, b in ((mask, protected), (mask, ~protected), (prompt, protected))
-      )
-      keeps = budget.rows(self.sites, caps, slots, text, free, asked, train) | dict(options or {})
+      feats[tk.SOURCE] = jnp.broadcast_to(visual.sum(1, keepdims=True, dtype=jnp.int32), mask.shape)
+    feats = {name: jnp.asarray(a) for name, a in feats.items() if a is not None}
+    return Rows(x, gate, protected, position, last, feats)
+
+  def _counts(
+    self, rows: Rows, known: Census | None, train: bool, mode: str, options: Mapping[str, Array] | None
+  ) -> dict[str, Any]:
+    """How many tokens of each row leave each spot, and options that move."""
+    if not self.sites.spots:
+      return {}
+    mask, protected, appended = rows.gate > 0, rows.protected, rows.feats.get(APPENDED)
+    slots = mask.shape[1]
+    caps = (slots,) * len(self.sites.spots)
+    if mode == "gather":
+      caps = budget.capacities(self.sites, slots, known or _counted(mask, protected), appended is not None)
+    prompt = mask if appended is None else mask & ~appended
+    pairs = ((mask, protected), (mask, ~protected), (prompt, protected))
+    text, free, asked = ((a & b).sum(1, dtype=jnp.int32) for a, b in pairs)
+    return budget.rows(self.sites, caps, slots, text, free, asked, train) | dict(options or {})
+
+  def _forward(
+    self, rows: Rows, known: Census | None, places: Places | None, train: bool, mode: str, room: int | None = None,
+    options: Mapping[str, Array] | None = None,
+  ) -> tuple[Tokens, dict[str, Any], Cache | None]:  # fmt: skip
+    if places is not None and self.sites.spots:
+      raise ValueError(f"sites.{self.sites.spots[0].site}.stack='llm' cannot stand where tokens have several places")
+    tokens = _start(rows)
+    keeps = self._counts(rows, known, train, mode, options)
     if places is not None:
       places = places.replace(owner=jnp.maximum(tk.take(tokens.owner, places.owner), 0))
-    last_place = last_position(tokens.position, tokens.alive) if places is None else places.last
-    following = last_place + 1
+    following = 1 + (last_position(tokens.position, tokens.alive) if places is None else places.last)
     aux: dict[str, Any] = {}
     past: list[tuple[Any, ...]] = []
     for layer, block in enumerate(self.block):
-      tokens, report, left = block(tokens, last, keeps, train, mode, self.reduce, places)
+      tokens, report, left = block(tokens, rows.last, keeps, train, mode, self.reduce, places)
       for name, values in report.items():
         aux[name] = aux.get(name, {}) | values if isinstance(values, dict) else values
       aux[f"owner/{layer}"] = tokens.owner
@@ -203,7 +221,7 @@ class Decoder(nn.Module):
         length = (left.inside.alive if places is None else places.there).sum(1, dtype=jnp.int32)
         past.append((filled(left.k, room), filled(left.v, room), length, following, there))
         following = self._following(layer, ("attn", "after"), following, tokens)
-    self._learn(aux, mask & ~protected)
+    self._learn(aux, (rows.gate > 0) & ~rows.protected)
     tokens = tokens.replace(x=self.norm(tokens.x), feats={})
     if room is None:
       return tokens, aux, None
@@ -235,8 +253,9 @@ class Decoder(nn.Module):
     return tokens.alive.sum(1, dtype=jnp.int32) if anew else following
 
 
-def _start(x: Array, mask: Array, protected: Array, position: Array | None, more: dict[str, Array]) -> Tokens:
+def _start(rows: Rows) -> Tokens:
   """Tokens of padded rows: those that are there first, in their order."""
+  x, mask, more = rows.x, rows.gate, rows.feats
   soft, there = jnp.issubdtype(mask.dtype, jnp.floating), mask > 0
   place = tk.rank((~there).astype(jnp.int32))
   order = tk.inverse(place)
@@ -244,13 +263,14 @@ def _start(x: Array, mask: Array, protected: Array, position: Array | None, more
   alive = tk.take(there, order)
   # Where a gate learns, the dead keep what they hold, and the place in the sequence that they would have.
   x, index = tk.take(x, order), tk.take(index, order) if soft else index
+  position = _counting(there, more.get(SEGMENT)) if rows.position is None else rows.position
   return Tokens(
     x=x if soft else jnp.where(alive[..., None], x, 0),
     mask=tk.take(mask.astype(jnp.float32), order) if soft else alive,
     size=jnp.ones(alive.shape, jnp.float32),
-    position=tk.take(_counting(there, more.get(SEGMENT)) if position is None else position, order),
+    position=tk.take(position, order),
     owner=jnp.where(there, place, -1),
-    protected=tk.take(protected, order),
+    protected=tk.take(rows.protected, order),
     feats={INDEX: index} | {name: tk.take(a, order) for name, a in more.items()},
   )
 
@@ -293,8 +313,5 @@ def make(
     if kind not in DTYPES:
       raise ValueError(f"{field}={kind!r} is unknown; {nearest(kind, DTYPES)}")
   kernels.check(attention, gate_cap)
-  placed = budget.layout(sites or {}, shape.depth, shape.max_length)
-  for spot in placed.spots:
-    if (heads := dict(spot.options).get("heads", 0)) != shape.num_kv_heads and spot.reducer == "attention_gate":
-      raise ValueError(f"sites.{spot.site}.heads={heads}; valid: {shape.num_kv_heads}, those of keys and values")
+  placed = budget.layout(sites or {}, shape.depth, shape.max_length, shape.num_kv_heads)
   return Decoder(shape, placed, dtype, param_dtype, attention, gate_cap)

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tokred.reducers.base import Planner, keep_top, register
-from tokred.tokens import Array, Plan, Tokens
-
-VISUAL = "state/visual"  # (B, N) int32: which of its row's visual tokens, from 0
+from tokred.tokens import VISUAL, Array, Plan, Tokens
 
 
 def spread(index: Array, side: int) -> Array:
@@ -58,7 +56,7 @@ class ATP(Planner):
   `weight` (mean m - target)^2.
   """
 
-  needs: ClassVar[tuple[str, ...]] = ("self_attention", "text_attention")
+  needs: ClassVar[tuple[str, ...]] = ("self_attention", "text_attention", VISUAL)
   ragged: ClassVar[bool] = True
   relaxed: ClassVar[bool] = True
   idles: ClassVar[bool] = False

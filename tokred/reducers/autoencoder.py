@@ -76,6 +76,7 @@ class Autoencoder(Planner):
   samples: ClassVar[bool] = False
 
   places: ClassVar[tuple[str, ...]] = ("output", "before", "after")
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
   training_params: ClassVar[tuple[str, ...]] = ("reconstructor",)
 
   num_layers: int = 2  # of the selector, and of the reconstructor

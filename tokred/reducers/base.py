@@ -60,9 +60,10 @@ def get(name: str, field: str = "reducer") -> type["Reducer"]:
 class Reducer(nn.Module):
   """Who represents whom: a module from Tokens to Tokens.
 
-  Its dataclass fields are its options; a site sets them by name.  The fields `layer`, `depth`, `place`, `prefix`
-  and `source` are no options: where a class has them, the site fills them in (the block, from 0, how many there are,
-  where in or around it, how many tokens of the input are protected, and how many it has in all).
+  Its dataclass fields are its options; a site sets them by name.  The fields `layer`, `depth`, `place`, `prefix`,
+  `source` and `heads` are no options: where a class has them, the site fills them in (the block, from 0, how many there
+  are, where in or around it, how many tokens of the input are protected, how many it has in all, and, in a language
+  model, the heads of keys and values).
 
   A report whose name begins with "loss" (a scalar or (B,), times the reducer's own weight) is added to the loss.  What
   it puts in `feats` under a name that begins with "state/" stays there from block to block.
@@ -87,7 +88,10 @@ class Reducer(nn.Module):
   everywhere: ClassVar[bool] = False  # its site has all blocks of the stack, or makes no sense
   annealable: ClassVar[tuple[str, ...]] = ("temperature",)  # options, if it has them, that may be traced: see `anneal`
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "output")  # where it may stand, the default first
-  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
+  # "llm" for those that look at the tokens of a row that may go, whatever stands between them, and take (B,) counts.
+  stacks: ClassVar[tuple[str, ...]] = ("encoder",)
+  decodes: ClassVar[bool] = False  # llm, around: has a rule for the tokens that are written, as `route` is one
+  text: ClassVar[bool] = False  # llm, around: text may go round, too
   answers: ClassVar[bool] = False  # llm: `keep` counts a prompt's tokens also where an answer is there to learn from
 
   def __call__(self, tokens: Tokens, keep: Any, *, train: bool, mode: str) -> tuple[Tokens, dict[str, Array]]:

@@ -132,6 +132,7 @@ class DPCKNN(Planner):
   """
 
   conserves: ClassVar[bool] = False
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   metric: str = "token"  # key, token
   neighbours: int = 2

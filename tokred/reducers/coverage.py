@@ -54,6 +54,7 @@ class Cover(Planner):
 
   conserves: ClassVar[bool] = False
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "output")
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   raster: bool = False  # survivors keep their order; otherwise they stand in the order in which they were taken
 

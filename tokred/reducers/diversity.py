@@ -111,6 +111,7 @@ class MaxMin(Planner):
   """
 
   conserves: ClassVar[bool] = False
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   metric: str = "key"  # key, token
   start: str = "central"  # central, isolated, or a name of tokred.scores.SCORES
@@ -149,6 +150,7 @@ class MMR(Planner):
   """
 
   conserves: ClassVar[bool] = False
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   score: str = "cls_attention"  # a name of tokred.scores.SCORES
   metric: str = "key"  # key, token

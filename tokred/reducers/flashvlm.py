@@ -39,6 +39,7 @@ class FlashVLM(Planner):
 
   conserves: ClassVar[bool] = False
   places: ClassVar[tuple[str, ...]] = ("before", "attn", "after", "output")
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   score: str = ""  # a name of tokred.scores.SCORES
   relevance: float = 0.5

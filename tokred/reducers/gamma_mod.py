@@ -30,6 +30,7 @@ class GammaMoD(Planner):
   stacks: ClassVar[tuple[str, ...]] = ("llm",)
   answers: ClassVar[bool] = True
   samples: ClassVar[bool] = False
+  decodes: ClassVar[bool] = True
 
   weight: float = 0.01
   text: bool = True  # text may go round, too

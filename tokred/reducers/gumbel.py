@@ -46,6 +46,7 @@ class Gumbel(Planner):
   """
 
   places: ClassVar[tuple[str, ...]] = ("before", "output")
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
   from_input: ClassVar[bool] = True
   decides: ClassVar[bool] = True
 

@@ -36,6 +36,7 @@ class HoloV(Planner):
 
   conserves: ClassVar[bool] = False
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "output")
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   score: str = "cls_attention"  # a
   metric: str = "token"  # z: key, token

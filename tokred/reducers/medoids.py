@@ -47,6 +47,7 @@ class KMedoids(Planner):
 
   conserves: ClassVar[bool] = False
   scored: ClassVar[bool] = False
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   metric: str = "token"  # key, token
   iterations: int = 10

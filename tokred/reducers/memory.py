@@ -27,6 +27,7 @@ class Remember(Reducer):
   idles: ClassVar[bool] = False
   scored: ClassVar[bool] = False
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "after")
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   score: str = "cls_attention"  # a name of tokred.scores.SCORES
   name_of: str = "memory"  # memory, rater

@@ -40,6 +40,7 @@ class Pool(Planner):
 
   scored: ClassVar[bool] = False
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "output")
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   grid: tuple[int, ...] = ()  # (height, width) of the tokens that arrive; (): square
 

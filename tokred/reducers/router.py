@@ -76,7 +76,9 @@ class Router(Planner):
 
   needs: ClassVar[tuple[str, ...]] = ()
   places: ClassVar[tuple[str, ...]] = ("around", "mlp")
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
   samples: ClassVar[bool] = False
+  decodes: ClassVar[bool] = True
 
   gate: str = "double_sigmoid"  # double_sigmoid, sigmoid, tanh, raw
   predictor: float = 0.0  # weight of its loss; above 0, it decides at inference

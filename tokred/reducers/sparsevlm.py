@@ -27,6 +27,7 @@ class SparseVLM(Planner):
   """
 
   conserves: ClassVar[bool] = False
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   score: str = "text_attention"
   recycled: float = 0.3  # share of those that go, out of which clusters are made; 0: none

@@ -37,6 +37,7 @@ class Temporal(Planner):
   """What both have in common."""
 
   places: ClassVar[tuple[str, ...]] = ("before", "attn", "after", "output")
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   patches: int = 4  # free tokens of a frame
 

@@ -24,6 +24,7 @@ class TopK(Planner):
 
   conserves: ClassVar[bool] = False
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "around", "output")
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   score: str = "cls_attention"  # a name of tokred.scores.SCORES
   fuse: bool = False

@@ -47,6 +47,7 @@ class VisionZip(Planner):
   add: bool = False
   keep_cls: bool = False  # read by the VLM, for which prefix tokens are no picture otherwise
   places: ClassVar[tuple[str, ...]] = ("attn", "before", "after", "output")
+  stacks: ClassVar[tuple[str, ...]] = ("encoder", "llm")
 
   def fewest(self, n: int, protected: int) -> int:
     return protected + 1

@@ -181,12 +181,8 @@ def _check_ends(config: ConfigDict, total_steps: int) -> None:
 def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
   """Raises ValueError where `config.train`, `rates` or `loss` ask for what the sites cannot do; `frozen`: see Phase."""
   spots = module.spots
-  if isinstance(module, VLM):
-    for term in _CLASSIFIER_TERMS:
-      if config.loss[term]:
-        raise ValueError(f"config.loss.{term}={config.loss[term]} is no term of config.model.name='vlm'; valid: 0.0")
-  by_rate = lambda rate: sorted({spot.site for spot in spots if spot.rate == rate})  # noqa: E731
-  scheduled, costed = by_rate("scheduled"), sorted({*by_rate("learned"), *by_rate("learned_threshold")})
+  by_rate = lambda *kinds: sorted({spot.site for spot in spots if spot.rate in kinds})  # noqa: E731
+  scheduled, costed = by_rate("scheduled"), by_rate(*LEARNED)
   if config.train.mode == "gather" and costed:
     raise ValueError(
       f"config.train.mode='gather' takes away the tokens that a rate learns from, but the rate of sites {costed} is "
@@ -202,40 +198,7 @@ def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
     raise ValueError(
       f"config.loss.less={config.loss.less} sets counts, but those of sites {moving} are not fixed; set it to -1"
     )
-  mode, where = config.train.mode, f"with config.train.mode={config.train.mode!r} "
-  draws = lambda kind: kind.decides and (mode == "mask" or frozen or not getattr(kind, "samples", False))  # noqa: E731
-  deciding = [spot for spot in spots if draws(spot.type)]
-  for term in ("keep_ratio", "global_ratio"):
-    if config.loss[term] and (learns := [spot for spot in deciding if spot.rate in LEARNED]):
-      site, rate = f"sites.{learns[0].site}", learns[0].rate
-      raise ValueError(
-        f"config.loss.{term}={config.loss[term]} holds a selector at its keep rate, but with {site}.rate={rate!r} that "
-        f"is learned; valid: 0.0 (config.loss.budget holds what is learned), or {site}.rate='fixed' with a keep"
-      )
-  acts = {
-    "budget": (costed, "no site has rate='learned' or 'learned_threshold'"),
-    "keep_ratio": (deciding, where + "no site has a reducer that draws who stays, such as 'gumbel'"),
-    "global_ratio": (deciding, where + "no site has a reducer that draws who stays, such as 'dyt'"),
-    "min_ratio": (deciding, where + "no site has a reducer that draws who stays, such as 'dyt'"),
-    "ponder": ([spot for spot in spots if spot.reducer == "avit"], "no site has reducer='avit'"),
-    "halting_prior": ([spot for spot in spots if spot.reducer == "avit"], "no site has reducer='avit'"),
-    "recalibration": (
-      [s for s in spots if s.reducer == "sit_reverse" or dict(s.options).get("reverse")],
-      "no site has reducer='sit_reverse', or 'sit' with reverse=True",
-    ),
-    "consistency": (spots, "there are no sites"),
-    "full_cross_entropy": (spots, "there are no sites"),
-    "full_distill": (spots, "there are no sites"),
-    "router": ([spot for spot in spots if spot.reducer == "router"], "no site has reducer='router'"),
-    "distill_logits": (config.teacher or config.init, "neither config.teacher nor config.init names a teacher"),
-    "distill_tokens": (config.teacher or config.init, "neither config.teacher nor config.init names a teacher"),
-  }
-  acts["distill_tokens_kl"] = acts["distill_tokens"]
-  if config.loss.recalibration and not (config.teacher or config.init):
-    acts["recalibration"] = acts["distill_tokens"]
-  for term, (there, problem) in acts.items():
-    if config.loss[term] and not there:
-      raise ValueError(f"config.loss.{term}={config.loss[term]} has nothing to act on: {problem}; set it to 0.0")
+  _check_terms(config, module, frozen)
   if config.loss.budget:
     target, unit = config.loss.target, config.loss.target_unit
     low, high = losses.reachable(module, unit)
@@ -244,3 +207,39 @@ def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
         f"config.loss.target={target:g} with target_unit={unit!r} cannot be reached: with rates at their bounds sites "
         f"{costed} leave {low:.4g} to {high:.4g} (dense: {losses.dense(module, unit):.4g}); valid: in between"
       )
+
+
+def _check_terms(config: ConfigDict, module: ViT, frozen: bool) -> None:
+  """Raises ValueError where a term of the loss has nothing to act on; `frozen`: see Phase."""
+  loss, mode, spots = config.loss, config.train.mode, module.spots
+  foreign = [term for term in _CLASSIFIER_TERMS if loss[term]] if isinstance(module, VLM) else []
+  if foreign:
+    raise ValueError(f"config.loss.{foreign[0]}={loss[foreign[0]]} is no term of config.model.name='vlm'; valid: 0.0")
+  draws = lambda kind: kind.decides and (mode == "mask" or frozen or not getattr(kind, "samples", False))  # noqa: E731
+  deciding = [spot for spot in spots if draws(spot.type)]
+  for term in ("keep_ratio", "global_ratio"):
+    if loss[term] and (learns := [spot for spot in deciding if spot.rate in LEARNED]):
+      site, rate = f"sites.{learns[0].site}", learns[0].rate
+      raise ValueError(
+        f"config.loss.{term}={loss[term]} holds a selector at its keep rate, but with {site}.rate={rate!r} that is "
+        f"learned; valid: 0.0 (config.loss.budget holds what is learned), or {site}.rate='fixed' with a keep"
+      )
+  of = lambda *names: [spot for spot in spots if spot.reducer in names]  # noqa: E731
+  reverse = of("sit_reverse") + [spot for spot in spots if dict(spot.options).get("reverse")]
+  drawing = f"with config.train.mode={mode!r} no site has a reducer that draws who stays, such as "
+  teacher, untaught = config.teacher or config.init, "neither config.teacher nor config.init names a teacher"
+  for term, there, problem in (
+    ("budget", [s for s in spots if s.rate in LEARNED], "no site has rate='learned' or 'learned_threshold'"),
+    ("keep_ratio", deciding, drawing + "'gumbel'"),
+    ("global_ratio", deciding, drawing + "'dyt'"),
+    ("min_ratio", deciding, drawing + "'dyt'"),
+    ("ponder", of("avit"), "no site has reducer='avit'"),
+    ("halting_prior", of("avit"), "no site has reducer='avit'"),
+    ("recalibration", teacher, untaught),
+    ("recalibration", reverse, "no site has reducer='sit_reverse', or 'sit' with reverse=True"),
+    ("router", of("router"), "no site has reducer='router'"),
+    *((term, spots, "there are no sites") for term in ("consistency", "full_cross_entropy", "full_distill")),
+    *((term, teacher, untaught) for term in ("distill_logits", "distill_tokens", "distill_tokens_kl")),
+  ):
+    if loss[term] and not there:
+      raise ValueError(f"config.loss.{term}={loss[term]} has nothing to act on: {problem}; set it to 0.0")
