@@ -106,8 +106,10 @@ def of(module: Any, price: Any = macs, counts: Any = None) -> Any:
   if tower is module:
     return total
   arriving = profile.final - module.dropped
-  attention, mlp = module.lengths(module.projector.left(arriving), counts)
-  rest = module.projector.macs(arriving, s.width) + reading(module.llm.shape, attention, mlp, module.whole)
+  n = module.lengths(module.projector.left(arriving), counts)
+  rest = (
+    module.projector.macs(arriving, s.width) + reading(module.llm.shape, n.attention, n.mlp, module.whole) + n.extra
+  )
   return total + (2.0 if price is flops else 1.0) * rest
 
 

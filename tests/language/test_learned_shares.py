@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from languages import QUICK, TINY, batch, check_cache, learned, tiny
+from languages import QUICK, batch, check_cache, learned, tiny
 
-from tokred import cost, rates
+from tokred import rates
 from tokred import tokens as tk
-from tokred.nn import budget
-from tokred.nn.decoder_layer import Shape
 
 SITE = dict(stack="llm", reducer="topk", score="last_attention_ahead", layers=(0, 1), place="before")
 
@@ -51,30 +49,6 @@ def test_laws_of_shares_of_the_input():
   _, _, owner = check_cache(frozen, params)
   _, mask, protected = batch()
   np.testing.assert_array_equal(((owner[:, :16] >= 0) & mask & ~protected).sum(1), [3, 4])  # of 7 and of 9
-
-
-def test_what_layers_cost():
-  """Width 32, 4 heads and 2 of keys, of 8 channels; text 10, visual 20 of which 1/2 arrive at layer 1, 1/4 at layer 2.
-
-  Layer 1 reads 20 tokens: 2 20 32 (32 + 16) + 2 20^2 32 + 3 20 32 48; it holds 20 keys: 2 2 16 20 bytes.
-  """
-  sites = tiny(dict(a=SITE | dict(rate="learned", layers=(1, 2))))[0].sites
-  shape = Shape(**TINY)
-
-  def price(share):
-    n = budget.lengths(sites, 10.0, 20.0, {"a": {0: share[0], 1: share[1]}})
-    return cost.reading(shape, n.attention, n.mlp), n.cache
-
-  (macs, n), slope = jax.value_and_grad(price, has_aux=True)(jnp.array([0.5, 0.25]))
-  np.testing.assert_allclose(jnp.stack([jnp.asarray(a) for a in n]), (30, 20, 15))
-  layer = lambda n: 2 * n * 32 * 48 + 2 * n * n * 32 + 3 * n * 32 * 48  # noqa: E731
-  np.testing.assert_allclose(float(macs), 32 * 50 + layer(30) + layer(20) + layer(15))
-  assert (np.asarray(slope) > 0).all()
-  one = lambda n: 2 * 32 * 48 + 2 * n * 32 + 3 * 32 * 48  # noqa: E731
-  np.testing.assert_allclose(cost.writing(shape, n), 32 * 50 + one(30) + one(20) + one(15))
-  np.testing.assert_allclose(cost.cache_bytes(shape, n), 2 * 2 * 16 * 65)
-  text = budget.lengths(sites, 10.0, 20.0)
-  np.testing.assert_allclose(text.attention, (30, 30, 30))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tokred import cost
 from tokred.config import nearest
 from tokred.layout import Sites, Spot, Stack
 from tokred.nn.decoder_scope import ROUTE
-from tokred.nn.received import FEATURES
+from tokred.nn.received import FEATURES, RECEIVED
 from tokred.rates import Rows, Shares, Threshold
 from tokred.reducers.base import REGISTRY
 from tokred.sites import parse
@@ -211,19 +211,23 @@ class Lengths:
   attention: tuple[Any, ...]
   mlp: tuple[Any, ...]
   cache: tuple[Any, ...]  # keys and values that each layer holds, of a mean head
+  extra: Any  # multiply-adds of the reducers themselves
 
 
-def lengths(sites: Sites, text: Any, visual: Any, shares: Mapping[str, Mapping[int, Any]] | None = None) -> Lengths:
+def lengths(
+  sites: Sites, shape: Any, text: Any, visual: Any, shares: Mapping[str, Mapping[int, Any]] | None = None
+) -> Lengths:
   """Follows a prompt through the layers, in expectation: shares are not rounded, so that they can be learned.
 
   Args:
     sites: of `layout`.
+    shape: `tokred.nn.decoder_layer.Shape`; it prices the reducers' own work.
     text: protected tokens.
     visual: the others at the input; a number or a traced scalar, so that tower and language model learn together.
     shares: by site and spot, what was reported as "share", of the visual tokens that arrive, or of those at the input
-      where the rate is learned; None: rates that are learned keep all.
+      where the rate is learned; None: rates that are learned keep all, and a threshold what its capacity holds.
   """
-  n, attention, mlp, cache = visual, [], [], []
+  n, attention, mlp, cache, extra = visual, [], [], [], 0.0
 
   def through(spot: Spot, n: Any) -> Any:
     known = (shares or {}).get(spot.site, {}).get(spot.index)
@@ -236,24 +240,34 @@ def lengths(sites: Sites, text: Any, visual: Any, shares: Mapping[str, Mapping[i
       return cost.min_st(n, [spot.budget * visual]) if spot.of == "input" else n * spot.budget
     return cost.min_st(n, [jnp.maximum(spot.budget - text, 0)])
 
-  def cut(layer: int, place: str, n: Any) -> Any:
+  def act(layer: int, place: str, n: Any) -> Any:
+    """Visual tokens behind a place where n arrive, or all tokens behind one that text goes round, too."""
+    nonlocal extra
     for spot in sites.at(layer, place):
-      n = through(spot, n)
+      reducer, arriving = spot.module(parent=None), n
+      if place == "around":
+        whole = reducer.text and isinstance(spot.budget, float)
+        n = (text + n) * spot.budget if whole else text + through(spot, n)
+      elif place != "ahead":  # which hides keys and values, and takes nobody away
+        n = through(spot, n)
+      left = n if place == "around" else text + n
+      extra = extra + reducer.macs(text + arriving, left, shape.width, shape.num_heads)
     return n
 
   for layer in range(sites.stack.depth):
-    n, total = cut(layer, "before", n), None
-    for spot in sites.at(layer, "around"):
-      text_too = spot.module(parent=None).text and isinstance(spot.budget, float)
-      total = (text + n) * spot.budget if text_too else text + through(spot, n)
-    total = text + n if total is None else total
+    n = act(layer, "before", n)
+    around = bool(sites.at(layer, "around"))
+    total = act(layer, "around", n) if around else text + n
     attention.append(total)
+    maps = sum(need in RECEIVED for need in needs(sites, layer))  # of which no attention makes use
+    extra = extra + maps * total * total * shape.num_heads * shape.head_dim
+    act(layer, "ahead", n)
     held = [(shares or {}).get(spot.site, {}).get(spot.index, 1.0) for spot in sites.at(layer, "ahead")]
     cache.append(total * jnp.mean(held[0]) if held else total)
-    n = cut(layer, "attn", n)
-    mlp.append(total if sites.at(layer, "around") else text + n)
-    n = cut(layer, "after", n)
-  return Lengths(tuple(attention), tuple(mlp), tuple(cache))
+    n = act(layer, "attn", n)
+    mlp.append(total if around else text + n)
+    n = act(layer, "after", n)
+  return Lengths(tuple(attention), tuple(mlp), tuple(cache), extra)
 
 
 def _share(spot: Spot, free: int) -> int:

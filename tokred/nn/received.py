@@ -45,7 +45,8 @@ def _from(which: str, q: Array, k: Array, v: Array, **kwargs: Any) -> Array:
   return received(q, k, kwargs[which])
 
 
-FEATURES = attention.FEATURES | {
+RECEIVED = {
   "self_attention": functools.partial(_from, "visual"),  # (B, N) float32, from visual tokens
   "text_attention": functools.partial(_from, "text"),  # from a prompt's text
 }
+FEATURES = attention.FEATURES | RECEIVED

@@ -5,7 +5,7 @@ tower and its sites leave of an image stands in the places of its survivors, and
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,11 +14,10 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from tokred import cost
 from tokred import tokens as tk
-from tokred.layout import Sites, Spot, walk
-from tokred.nn import decoder, placeholders, projectors, vit
-from tokred.nn.budget import Census
+from tokred.layout import Sites, Spot
+from tokred.nn import budget, decoder, placeholders, projectors, vit
+from tokred.nn.budget import Census, Lengths
 from tokred.nn.cache import Cache
 from tokred.nn.decoder import Decoder, Output
 from tokred.nn.decoder_layer import language
@@ -133,27 +132,14 @@ class VLM(nn.Module):
     return self.projector.left(n - self.dropped)
 
   @nn.nowrap
-  def lengths(self, visual: Any, counts: Mapping[str, Any] | None = None) -> tuple[list[Any], list[Any]]:
-    """Tokens in each layer's attention and MLP: `prompt` of text, and of so many visual ones what the sites leave.
+  def lengths(self, visual: Any, shares: Mapping[str, Any] | None = None) -> Lengths:
+    """Tokens in each layer of the language model: `prompt` of text, and of so many visual ones what the sites leave.
 
     Args:
       visual: visual tokens that reach the language model, a number or a traced scalar.
-      counts: learned shares of these by site and spot.
+      shares: see `budget.lengths`.
     """
-    sites = self.llm.sites
-
-    def leave(spots: Sequence[Spot], n: Any) -> Any:
-      for spot in spots:
-        if spot.rate == "learned" and counts and spot.site in counts:
-          n = cost.min_st(n, [counts[spot.site][spot.index] * visual])
-        elif spot.rate == "fixed" and isinstance(spot.budget, float) and spot.budget <= 1.0:
-          n = cost.min_st(n, [visual * spot.budget]) if spot.of == "input" else n * spot.budget
-        elif spot.rate == "fixed" and spot.budget is not None:
-          n = cost.min_st(n, [max(spot.budget - self.prompt, 0)])
-      return n
-
-    counts = walk(sites.stack.depth, sites.at, visual, leave)
-    return [self.prompt + n for n in counts.attention], [self.prompt + n for n in counts.mlp]
+    return budget.lengths(self.llm.sites, self.llm.shape, self.prompt, visual, shares)
 
   @property
   def whole(self) -> int | None:
@@ -276,60 +262,84 @@ class VLM(nn.Module):
       raise ValueError("in gather mode the shapes need known=module.known(ids, slot, mask), counted on the host")
     batch, source = ids.shape
     mask = jnp.ones(ids.shape, bool) if mask is None else mask > 0
-    seen = images if isinstance(images, tuple) else self.see(images, slot, train, mode, keeps)
-    visual, place, report = seen
-    soft = jnp.issubdtype(visual.mask.dtype, jnp.floating)
-    if soft and self.position == "virtual":
-      raise ValueError("sites.*.position='virtual' learns no counts; valid: a fixed keep or a threshold")
-    if not soft:
-      place = jnp.where(visual.alive, place, -1)
-    if self.position == "reindex" and mode == "gather":  # as the reducer lays them out
-      turn = jnp.maximum(jnp.cumsum(place >= 0, axis=1) - 1, 0)  # some survivors may lie in an image's margin
-      place = jnp.where(place < 0, -1, tk.take(jnp.sort(jnp.where(place < 0, source, place), axis=1), turn))
+    visual, place, report = images if isinstance(images, tuple) else self.see(images, slot, train, mode, keeps)
+    place = self._places(visual, place, source, mode)
+    words, text, free = self._words(ids, slot, mask)
     row = lambda a: a.reshape(batch, -1, *a.shape[2:])  # noqa: E731
-    x, seen, place, count = row(visual.x), row(visual.mask), row(place), visual.x.shape[1]
-    text, words = mask & (ids != self.image_token), self.llm.embeddings(ids)
-    free = jnp.zeros_like(text)  # newlines are of the image: sites may take them
-    if self.newline:
-      stood = jax.vmap(lambda t: jnp.zeros(source, bool).at[jnp.where(t >= 0, t, source)].set(True, mode="drop"))
-      free = mask & ~text & ~stood(slot.reshape(batch, -1))
-      words = jnp.where(free[..., None], self.image_newline.astype(words.dtype), words)
-    x = jnp.concatenate([words, x.astype(self.llm.dtype)], axis=1)
+    seen, place = row(visual.mask), row(place)
+    # First the text, then what is seen: so they are numbered until `order` has them as they stand.
     index = jnp.arange(source, dtype=jnp.int32)
     stands = jnp.concatenate([jnp.broadcast_to(index, ids.shape), jnp.maximum(place, 0)], axis=1)
     there = jnp.concatenate([text | free, place >= 0], axis=1)
-    alive = jnp.concatenate(
-      [(text | free).astype(seen.dtype), jnp.where(place >= 0, seen, jnp.zeros_like(seen))], axis=1
-    )
+    seen = jnp.where(place >= 0, seen, jnp.zeros_like(seen))
     where = tk.rank(jnp.where(there, stands, source))
     order = tk.inverse(where)[:, : known.length if known else source]
     if position is None:
       position = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     stands = tk.take(stands, order)
-    joined = dict(x=tk.take(x, order), mask=tk.take(alive, order))
-    joined["protected"] = tk.take(jnp.pad(text, ((0, 0), (0, place.shape[1]))), order)
-    joined["position"] = None if self.position == "reindex" else tk.take(position, stands)
+    joined = dict(
+      x=tk.take(jnp.concatenate([words, row(visual.x).astype(self.llm.dtype)], axis=1), order),
+      mask=tk.take(jnp.concatenate([(text | free).astype(seen.dtype), seen], axis=1), order),
+      protected=tk.take(jnp.pad(text, ((0, 0), (0, place.shape[1]))), order),
+      position=None if self.position == "reindex" else tk.take(position, stands),
+    )
     if MEMORY in visual.feats and visual.feats[MEMORY].shape == visual.mask.shape:  # what a site of the tower remembers
       memory = jnp.pad(row(visual.feats[MEMORY]), ((0, 0), (source, 0)))
       joined["state"] = {MEMORY: tk.take(memory, order)}
     if segment is not None:
       joined["segment"] = tk.take(segment, stands)
-    patches = jnp.where(visual.owner >= 0, visual.owner, -1).reshape(batch, -1, visual.owner.shape[1])
-    first = source + count * jnp.arange(patches.shape[1], dtype=jnp.int32)[:, None]
-    patches = jnp.where(patches >= 0, patches + first, -1).reshape(batch, -1)
-    owner = jnp.where(text | free, index, -1)
-    owner = jax.vmap(lambda o, s, p: o.at[jnp.where(s >= 0, s, source)].set(p, mode="drop"))(
-      owner, slot.reshape(batch, -1), patches
-    )
+    owner = _owners(jnp.where(text | free, index, -1), visual, slot)
     owner = tk.follow(owner, jnp.where(there, where, -1))
     if self.position == "virtual":
       joined["places"] = places(owner, position, segment)
     return joined, owner, report
 
+  def _places(self, visual: Tokens, place: Array, source: int, mode: str) -> Array:
+    """Where in ids each visual token stands that is there, (B R, M) int32; -1: nowhere."""
+    if not visual.learned:
+      place = jnp.where(visual.alive, place, -1)
+    elif self.position == "virtual":
+      raise ValueError("sites.*.position='virtual' learns no counts; valid: a fixed keep or a threshold")
+    if self.position == "reindex" and mode == "gather":  # as the reducer lays them out
+      turn = jnp.maximum(jnp.cumsum(place >= 0, axis=1) - 1, 0)  # some survivors may lie in an image's margin
+      place = jnp.where(place < 0, -1, tk.take(jnp.sort(jnp.where(place < 0, source, place), axis=1), turn))
+    return place
+
+  def _words(self, ids: Array, slot: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """Embeddings of ids, (B, S, D); which are text, and which end a line of an image, so that sites may take them."""
+    text, words = mask & (ids != self.image_token), self.llm.embeddings(ids)
+    if not self.newline:
+      return words, text, jnp.zeros_like(text)
+    nobody = jnp.zeros(ids.shape[1], bool)
+    stood = jax.vmap(lambda t: nobody.at[_or_beyond(t, nobody)].set(True, mode="drop"))(slot.reshape(len(slot), -1))
+    free = mask & ~text & ~stood
+    return jnp.where(free[..., None], self.image_newline.astype(words.dtype), words), text, free
+
   def _whole(self, out: Output, owner: Array, report: Mapping[str, Any]) -> Output:
     seen = {name: value for name, value in report.items() if name.startswith("reduce/")}
     tokens = out.tokens.replace(owner=tk.follow(owner, out.tokens.owner))
     return out.replace(tokens=tokens, aux=out.aux | seen)
+
+
+def _owners(text: Array, visual: Tokens, slot: Array) -> Array:
+  """Who represents each token of ids, (B, S) int32, -1: nobody; text before what is seen.
+
+  Args:
+    text: (B, S) int32, who represents it where it is text.
+    visual: (B R) rows of M tokens, of whose N patches `owner` tells.
+    slot: (B, R, N) int32: where in ids each patch stands, -1: nowhere.
+  """
+  (batch, source), count = text.shape, visual.x.shape[1]
+  patches = visual.owner.reshape(batch, -1, visual.owner.shape[1])
+  first = source + count * jnp.arange(patches.shape[1], dtype=jnp.int32)[:, None]
+  patches = jnp.where(patches >= 0, patches + first, -1).reshape(batch, -1)
+  put = lambda row, where, patch: row.at[_or_beyond(where, row)].set(patch, mode="drop")  # noqa: E731
+  return jax.vmap(put)(text, slot.reshape(batch, -1), patches)
+
+
+def _or_beyond(where: Array, row: Array) -> Array:
+  """Places in a row; what is nowhere is beyond its end, and dropped there."""
+  return jnp.where(where >= 0, where, len(row))
 
 
 def make(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any]) -> VLM:

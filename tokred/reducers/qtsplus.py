@@ -117,7 +117,9 @@ class QTSplus(Planner):
     return min(n, min(math.ceil(min(keep, self.high + 1e-6) * free), self.most) + protected)
 
   def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
-    return 2 * n * width * width + n * n * width
+    keys = width * self.num_kv_heads / self.num_heads
+    again = left * width * (10 * width + 2 * keys) + 2 * left * left * width if self.encode_again else 0.0
+    return n * width * (width + keys) + n * n * width + again
 
   def relevance(self, x: Array, text: Array, visual: Array) -> Array:
     """(B, N) float32, zero where there is no visual token."""
