@@ -147,12 +147,7 @@ def save(
   }
   checkpoint.quieten_orbax()
   with replacing(directory) as temporary:
-    if "orbax" in formats:
-      with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(temporary / PARAMS, args=ocp.args.PyTreeSave(stored.params))
-    if "safetensors" in formats:
-      save_file(traverse_util.flatten_dict(stored.params, sep="/"), temporary / WEIGHTS, {"format": "tokred"})
-      (temporary / WEIGHTS).chmod(0o644)  # as the other files: it comes readable for its owner alone
+    _write_params(temporary, stored.params, formats)
     if function is not None:
       (temporary / FUNCTION).write_bytes(function)
     if graph is not None:
@@ -203,6 +198,15 @@ def check(
 def in_memory(model: Model) -> Model:
   """With float32 parameters, as `load` gives them."""
   return dataclasses.replace(model, params=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), model.params))
+
+
+def _write_params(directory: Path, params: Any, formats: Sequence[str]) -> None:
+  if "orbax" in formats:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      checkpointer.save(directory / PARAMS, args=ocp.args.PyTreeSave(params))
+  if "safetensors" in formats:
+    save_file(traverse_util.flatten_dict(params, sep="/"), directory / WEIGHTS, {"format": "tokred"})
+    (directory / WEIGHTS).chmod(0o644)  # as the other files: it comes readable for its owner alone
 
 
 def _describe(directory: Path, card: dict[str, Any]) -> None:

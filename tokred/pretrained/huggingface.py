@@ -154,11 +154,8 @@ def _tower(directory: Path, config: Mapping[str, Any]) -> tuple[str, Mapping[str
   )
 
 
-def _fields(
-  directory: Path, c: Mapping[str, Any], name: str, state: Mapping[str, Lazy], head: int
-) -> tuple[dict[str, Any], tuple[int, int]]:
-  """Fields of config.model, and the grid of the positions."""
-  where = directory / "config.json"
+def _patches(where: Path, c: Mapping[str, Any]) -> tuple[int, tuple[int, int]]:
+  """Pixels of a patch's side, and the grid of patches."""
   patch = _pair(c["patch_size"], where, "patch_size")
   if patch[0] != patch[1]:
     raise ValueError(f"{where}: patch_size={list(patch)}; valid: one number, or two that are equal")
@@ -175,8 +172,17 @@ def _fields(
     warnings.warn(
       f"{where}: image_size={list(size)} is no multiple of patch_size={patch}; their model never sees the rest, so "
       f"config.model.image_size={(grid[0] * patch, grid[1] * patch)}",
-      stacklevel=5,
+      stacklevel=6,
     )
+  return patch, grid
+
+
+def _fields(
+  directory: Path, c: Mapping[str, Any], name: str, state: Mapping[str, Lazy], head: int
+) -> tuple[dict[str, Any], tuple[int, int]]:
+  """Fields of config.model, and the grid of the positions."""
+  where = directory / "config.json"
+  patch, grid = _patches(where, c)
   if c["hidden_act"] not in ACTIVATIONS:
     raise ValueError(f"{where}: hidden_act={c['hidden_act']!r} is unknown; {nearest(c['hidden_act'], ACTIVATIONS)}")
   width, mlp_dim, gated = c["hidden_size"], c["intermediate_size"], c.get("use_swiglu_ffn") or c.get("use_gated_mlp")
