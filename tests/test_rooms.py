@@ -17,7 +17,7 @@ ROOMS = [  # from the bottom; a room may import those below it, not its neighbou
   {"arank", "losses", "sharding", "checkpoint", "run_dir", "model"},
   {"pretrained"},
   {"data", "vqa", "schedules"},
-  {"evaluate", "export", "bench", "viz", "calibrate", "probe", "processing"},
+  {"evaluate", "export", "bench", "viz", "calibrate", "probe", "processing", "results"},
   {"loading"},
   {"train"},
   {"demo", "predict", "publish", "testing", "sweep", "bench_vlm"},

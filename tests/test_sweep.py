@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import tokred
-from tokred import sharding, sweep
+from tokred import results, sharding, sweep
 from tokred.config import default
 from tokred.rates import LEARNED
 
@@ -129,20 +129,20 @@ def test_the_table():
     common | dict(method=method, budget=0.6, seed=seed, accuracy=accuracy, trained=1, batch_size=8) | more
   )
   rows = [row("evit", 1, 0.97), row("dense", 0, 0.98, trained=0, budget=1.0), row("evit", 0, 0.95)]
-  title, _, head, _, evit, dense = sweep.table(rows).splitlines()
+  title, _, head, _, evit, dense = results.table(rows).splitlines()
   assert "cpu, 2 cores, batch 8" in title and head.startswith("| method | budget | trained | seeds | accuracy |")
   # mean of 95 and 97 is 96; the sample deviation is sqrt(((95-96)^2 + (97-96)^2) / 1) = 1.41
   assert evit == "| evit | 0.6 | yes | 2 | 96.00 ± 1.41 | -2.00 | 0.5 | 0.600 | 65 30 | 900 | 1.50 |"
   assert dense.startswith("| dense | 1 | no | 1 | 98.00 | +0.00 |")
   other = row("tome", 0, 0.9, dense_images_per_second=100.0, batch_size=1)  # another clock: 1.5 x 100
-  lines = sweep.table([*rows, other]).splitlines()
+  lines = results.table([*rows, other]).splitlines()
   assert (
     lines[-1].endswith("| 65 30 | 150 | 1.50 |") and lines[-3] == evit and "batch 1; cpu, 2 cores, batch 8" in lines[0]
   )
   unmeasured = dict.fromkeys(("images_per_second", "dense_images_per_second", "speedup"), float("nan"))
   untimed = [row | unmeasured | dict(device="") for row in rows]  # --config.bench.rounds=0
-  assert "| evit | 0.6 | yes | 2 | 96.00 ± 1.41 | -2.00 | 0.5 | 0.600 | 65 30 |  |  |" in sweep.table(untimed)
-  assert sweep.plot(untimed, "speedup", "speed-up").startswith(b"\x89PNG")
+  assert "| evit | 0.6 | yes | 2 | 96.00 ± 1.41 | -2.00 | 0.5 | 0.600 | 65 30 |  |  |" in results.table(untimed)
+  assert results.plot(untimed, "speedup", "speed-up").startswith(b"\x89PNG")
 
 
 def test_counts_are_settled_once_the_weights_are_there(swept, tmp_path, monkeypatch):
@@ -254,7 +254,7 @@ def test_one_failed_run_leaves_the_others(swept, capsys):
   with pytest.raises(ValueError, match=r"tome at 0.1, seed 0: ValueError: .*cannot go down to budget=0.1"):
     sweep.run(config(methods=("tome", "dense"), budgets=(0.1,)), workdir)
   assert "sweep: tome at 0.1" in capsys.readouterr().err
-  assert sweep.read(workdir / "results.csv")[0] == rows[0]
+  assert results.read(workdir / "results.csv")[0] == rows[0]
 
 
 def test_every_method_with_its_reducer_builds():
