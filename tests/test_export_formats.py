@@ -241,6 +241,21 @@ def test_without_a_head_there_are_no_classes(tmp_path):
     export.save(headless, tmp_path / "out", preprocess=True)
 
 
+def test_files_are_read_and_arguments_of_another_kind_told(picture):
+  model = tokred.build(dict(model=MODEL)).init()
+  (wanted,) = predict.predict(model, predict.read_image(picture, model.config)[None], top=2)
+  assert len(wanted) == 2 and predict.predict(model, [picture, str(picture)], top=2) == [wanted, wanted]
+  for message, (images, top) in {
+    r"images are a str; valid: an array, or a list of files": (str(picture), 1),
+    r"images are a list; valid: an array": ([PIXELS], 1),
+    r"images are an empty list; valid: one file": ([], 1),
+    r"top=-1; valid: 1 or more": (PIXELS, -1),
+    r"top=1.5; valid: 1 or more": (PIXELS, 1.5),
+  }.items():
+    with pytest.raises(ValueError, match=message):
+      predict.predict(model, images, top)
+
+
 @pytest.mark.parametrize(
   "data, labels",
   [

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
@@ -24,7 +25,7 @@ from tokred.data.batches import mean_std, normalise
 from tokred.data.folder import read
 from tokred.export import Exported
 from tokred.loading import load
-from tokred.model import Model, freeze
+from tokred.model import Model, Reader, freeze
 
 TOP = 5
 
@@ -47,22 +48,34 @@ def read_image(path: str | os.PathLike[str] | BinaryIO, config: ConfigDict) -> n
   return pictures.fit(array, tuple(config.model.image_size), config.data.crop_fraction, config.data.resize)
 
 
-def predict(model: Model | Exported, images: np.ndarray, top: int = TOP) -> list[list[tuple[str, float]]]:
+def predict(
+  model: Model | Exported, images: np.ndarray | Sequence[str | os.PathLike[str]], top: int = TOP
+) -> list[list[tuple[str, float]]]:
   """The likeliest classes of each image.
 
   Args:
     model: with parameters, or an exported function.
-    images: (B, height, width, channels), uint8 or normalised float32.
-    top: how many classes.
+    images: (B, height, width, channels), uint8 or normalised float32; or files.
+    top: how many classes, at most.
 
   Raises:
-    ValueError: the model has no head.
+    ValueError: the model has no head, an image cannot be read, or an argument is of another kind.
 
   Returns:
     For each image (name, probability), the likeliest first; the index where the name is not known.
   """
+  if isinstance(model, Reader):
+    raise ValueError("a vision-language model has no classes: it answers questions, by eval.py or model.write")
+  if not isinstance(top, (int, np.integer)) or top < 1:
+    raise ValueError(f"top={top!r}; valid: 1 or more classes")
   if not model.config.model.num_classes:
     raise ValueError("config.model.num_classes=0: the model has no head, so its logits are features and no classes")
+  if not isinstance(images, (np.ndarray, jax.Array)):
+    if not isinstance(images, (list, tuple)) or not all(isinstance(path, (str, os.PathLike)) for path in images):
+      raise ValueError(f"images are a {type(images).__name__}; valid: an array, or a list of files")
+    if not images:
+      raise ValueError("images are an empty list; valid: one file or more")
+    images = np.stack([read_image(path, model.config) for path in images])
   if images.dtype == np.uint8 and isinstance(model, Model):
     images = _normalised(images, model.config)
   logits = np.asarray(model(images).logits, np.float64)
