@@ -161,6 +161,9 @@ def test_seeds():
   assert jax.tree.all(jax.tree.map(jnp.array_equal, model.init().params, same.params))
   assert not jnp.array_equal(same.params["pos_embed"], other.params["pos_embed"])
   assert model.params is None  # the handle itself does not change
+  for seed in ("a", 0.5, True, 2**63):
+    with pytest.raises(ValueError, match=f"seed={seed!r}; valid: an integer below 2\\*\\*63"):
+      model.init(seed)
 
 
 def test_repr_is_one_short_line():

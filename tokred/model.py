@@ -234,7 +234,12 @@ def without_sites(module: Any) -> Any:
 
 
 def init(module: Any, seed: int) -> Any:
-  """Parameters of a module drawn from a seed, as a nested dict of float32 arrays."""
+  """Parameters of a module drawn from a seed, as a nested dict of float32 arrays.
+
+  Raises:
+    ValueError: a seed that is no integer of 64 bits.
+  """
+  generate.check_seed(seed)
   return _draw(module, jax.random.split(jax.random.key(seed), 3))
 
 

@@ -80,6 +80,7 @@ def test_a_cache_of_one_length_serves_all_prompts():
     (dict(stop_tokens=2), r"stop_tokens=2; valid: ids, such as \(2,\)"),
     (dict(stop_tokens="</s>"), r"stop_tokens='</s>'; valid: ids"),
     (dict(seed=0.5), r"seed=0.5; valid: an integer"),
+    (dict(seed=2**63), r"seed=9223372036854775808; valid: an integer below"),
     (dict(mask=np.array([[1] * 6, [0] * 6])), r"row 1 of mask has no token: an empty prompt"),
     (dict(mask=np.ones((2, 5))), r"mask of shape \(2, 5\) for prompts of shape \(2, 6\)"),
     (dict(ids=IDS + 45), r"ids from 4\d to 9\d; valid: 0 to 49, the vocabulary"),

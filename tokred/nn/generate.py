@@ -133,12 +133,17 @@ def check(max_new_tokens: int, temperature: float, top_p: float, stop_tokens: Se
     raise ValueError(f"temperature={temperature!r}; valid: 0 (the likeliest token) or more")
   if kind(top_p) not in ("f", "i", "u") or not 0 < top_p <= 1:
     raise ValueError(f"top_p={top_p!r}; valid: above 0, at most 1")
-  if kind(seed) not in ("i", "u"):
-    raise ValueError(f"seed={seed!r}; valid: an integer")
+  check_seed(seed)
   stop = np.asarray(tuple(stop_tokens) if isinstance(stop_tokens, Iterable) else stop_tokens)
   if stop.ndim != 1 or (stop.size and stop.dtype.kind not in "iu"):
     raise ValueError(f"stop_tokens={stop_tokens!r}; valid: ids, such as (2,)")
   return jnp.asarray(stop, jnp.int32)
+
+
+def check_seed(seed: Any) -> None:
+  """Raises ValueError for what is no seed of `jax.random.key`."""
+  if isinstance(seed, (bool, np.bool_)) or not isinstance(seed, (int, np.integer)) or not -(2**63) <= seed < 2**63:
+    raise ValueError(f"seed={seed!r}; valid: an integer below 2**63")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))

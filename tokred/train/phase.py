@@ -26,7 +26,8 @@ _BELOW_1: tuple[Callable, str] = (lambda value: 0 <= value < 1, "0 up to, not in
 _RANGES: dict[str, tuple[Callable, str]] = {
   **{f"train.{name}": _AT_LEAST_1 for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints")},
   **{name: _AT_LEAST_1 for name in ("eval.batch_size", "rates.multiple_of")},
-  **{name: _AT_LEAST_0 for name in ("seed", "train.steps", "train.eval_every", "rates.freeze_step")},
+  "seed": (lambda value: 0 <= value < 2**63, "0 up to, not including, 2**63"),
+  **{name: _AT_LEAST_0 for name in ("train.steps", "train.eval_every", "rates.freeze_step")},
   "train.epochs": (lambda value: 0 <= value < float("inf"), "a finite number, 0 or more"),
   "train.mode": (lambda value: value in ("mask", "gather"), "mask, gather"),
   **{f"optim.{name}": _BELOW_1 for name in ("ema", "b1", "b2")},
