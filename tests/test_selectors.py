@@ -244,3 +244,11 @@ def test_an_autoencoder_aims_at_its_share():
   )
   assert collapsed(at(keep=0.5, share=0.95), {"counts/cut/1": 9.0, "kept/cut/1": 0.99}) == {}
   assert list(collapsed(at(keep=1.0, share=0.25), {"counts/cut/1": 17.0, "kept/cut/1": 0.99})) == ["kept/cut/1"]
+
+
+@pytest.mark.parametrize("keep", [0, -1, True, 0.5])
+def test_a_count_that_is_none(keep):
+  """A share would round to no token, and all would leave without a word."""
+  tokens = tk.start(jnp.ones((1, 4, 2)), 1)
+  with pytest.raises(ValueError, match=f"keep={keep!r}; valid: how many tokens stay, .*an integer, 1 or more"):
+    tokred.keep_top(tokens, tokens.x[..., 0], keep)

@@ -246,7 +246,13 @@ def ranks(tokens: Tokens, score: Array) -> Array:
 
 
 def num_kept(tokens: Tokens, keep: Any) -> Array:
-  """`keep` as (B, 1) int32 counts, no more than are alive."""
+  """`keep` as (B, 1) int32 counts, no more than are alive.
+
+  Raises:
+    ValueError: a Python number that is no count; a share would round to none.
+  """
+  if isinstance(keep, (bool, float)) or (isinstance(keep, int) and keep < 1):
+    raise ValueError(f"keep={keep!r}; valid: how many tokens stay, the protected counted: an integer, 1 or more")
   alive = tokens.alive.sum(1, keepdims=True, dtype=jnp.int32)
   keep = jnp.asarray(keep, jnp.int32)
   return jnp.minimum(keep[:, None] if keep.ndim else keep, alive)
