@@ -40,6 +40,19 @@ def test_config_of_another_run(tmp_path):
   assert "another --workdir" in text
 
 
+def test_checkpoints_of_no_config(tmp_path):
+  """They would go on with whatever config the command brings."""
+  checkpoints = checkpoint.Checkpoints(tmp_path / checkpoint.FOLDER)
+  checkpoints.save(7, {"params": np.zeros(2)}, data_state={}, config=default())
+  checkpoints.close()
+  with pytest.raises(
+    ValueError, match=r"holds checkpoints but no config.json, .*checkpoints/7/config/metadata has .*or"
+  ):
+    run_dir.check_config(tmp_path, default())
+  (tmp_path / "config.json").write_text((tmp_path / "checkpoints" / "7" / "config" / "metadata").read_text())
+  run_dir.check_config(tmp_path, default())
+
+
 def test_unreadable_config(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"config.json does not exist; valid: a run directory"):
     run_dir.read_config(tmp_path)

@@ -9,6 +9,7 @@ import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from tokred import checkpoint
 from tokred.config import complete
 from tokred.files import write_json
 
@@ -54,9 +55,14 @@ def check_config(directory: str | os.PathLike, config: ConfigDict) -> None:
   Fields that do not change what is learned (logging, worker processes, mesh, ...) may differ.
 
   Raises:
-    ValueError: other fields differ; the message lists them with both values.
+    ValueError: other fields differ; the message lists them with both values.  Or there are checkpoints of no config.
   """
   if not (Path(directory) / CONFIG).is_file():
+    if found := checkpoint.steps(Path(directory) / checkpoint.FOLDER):
+      raise ValueError(
+        f"{directory} holds checkpoints but no {CONFIG}, so that nothing tells which run they are of; restore it: "
+        f"{checkpoint.FOLDER}/{found[-1]}/config/metadata has the fields of step {found[-1]}; or use another --workdir"
+      )
     return
   saved, given = (flatten_dict(c.to_dict(), sep=".") for c in (read_config(directory), config))
   lines = [
