@@ -48,6 +48,7 @@ MISTAKES = {
   "layer": (site(layers=(2,)), ["sites.prune.layers has 2", "layers 0 to 1"]),
   "rate": (site(rate="lerned"), ["sites.prune.rate='lerned'", "did you mean 'learned'"]),
   "mesh": ({"mesh": {"data": 3}}, ["config.mesh.data=3", "there are 8; valid: a product of 8"]),
+  "packed and shared": ({"text": {"pack": True, "share": True}}, ["config.text.share=True and config.text.pack=True"]),
   "seed": ({"seed": 2**63}, [r"config.seed=9223372036854775808; valid: 0 up to, not including, 2\*\*63"]),
   "batch": ({"train": {"batch_size": 12}}, ["batch_size=12", "not divisible by 8", "nearest valid: 8 or 16"]),
   "micro-batch": ({"train": {"accumulate": 3}}, ["batch_size=8", "accumulate=3", "nearest valid: 24"]),
