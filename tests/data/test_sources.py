@@ -267,6 +267,8 @@ def test_tfds_errors(tmp_path):
   assert "valid: digits, image_folder, cifar10" in str(error.value) and "\n" not in str(error.value)
   with pytest.raises(ValueError, match=r"name='diggits': no such data set; did you mean 'digits'\?"):
     data.describe(settings(name="diggits"))
+  with pytest.raises(ValueError, match=r"name='easy_vqa': .* of TFDS, or with config.data.data_dir, the fold"):
+    data.describe(settings(name="easy_vqa"))
   with pytest.raises(
     ValueError, match=r"config\.data\.data_dir='.*': mnist is not there; valid: a directory with mnist"
   ):

@@ -262,7 +262,9 @@ def _suggest(name: str, data_dir: str, own: Sequence[str]) -> str:
   known = [*own, *local, *tfds.list_builders(with_community_datasets=False)]
   close = difflib.get_close_matches(name, known, n=1)
   valid = ", ".join(dict.fromkeys([*own, *sorted(local)]))
-  return (f"did you mean {close[0]!r}? " if close else "") + f"valid: {valid}, or a name in the catalogue of TFDS"
+  elsewhere = "" if data_dir else ", or with config.data.data_dir, the folder of a data set that is not in it"
+  found = f"valid: {valid}, or a name in the catalogue of TFDS{elsewhere}"
+  return (f"did you mean {close[0]!r}? " if close else "") + found
 
 
 @contextlib.contextmanager
