@@ -94,13 +94,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.train.update(
     dict(batch_size=32, steps=args.steps or 4000, checkpoint_every=500, eval_every=1000, log_every=50)
   )
-  config.optim.update(dict(lr=2e-3, warmup_steps=200, weight_decay=0.05))
+  config.optim.update(dict(lr=2e-3, warmup_steps=min(200, config.train.steps // 2), weight_decay=0.05))
   config.eval.batch_size = 250
   if reduced(config, args.method, args.tokens / 64):
     config.train.steps = args.steps or 1000
     if args.method == "rates":
       config.rates.freeze_step = config.train.steps // 2
-    config.optim.update(dict(lr=5e-4, warmup_steps=50))
+    config.optim.update(dict(lr=5e-4, warmup_steps=min(50, config.train.steps // 2)))
     config.loss.distill_logits = 1.0
     config.text.share = all(site.get("stack", "encoder") == "encoder" for site in config.sites.values())
     config.text.max_length = 168 if config.text.share else 88

@@ -52,6 +52,12 @@ FIRST = [(name, VARIANTS.get(name, ("",))[0]) for name in RECIPES]
 METHODS = [name for name in sweep.methods(sweep_recipe.get_config()) if name != "dense"]
 
 
+@pytest.mark.parametrize(("arguments", "warmup"), [("steps=100", 50), ("method=sit,steps=40", 20), ("", 200)])
+def test_few_steps_of_the_small_reader(arguments, warmup):
+  """A warmup that is longer than the run is refused when the data have been read."""
+  assert get_config("vlm_easy", arguments).optim.warmup_steps == warmup
+
+
 @pytest.fixture
 def data_dir(tmp_path):
   """data_dir(config): a folder of images made here, or where the TFDS data sets lie; skips where they do not."""
