@@ -147,6 +147,9 @@ def test_batch_sizes_are_integers(sizes):
 
 
 def test_a_path_is_no_model():
+  reader = tokred.build(dict(model=dict(name="vlm", variant="mu/4", image_size=(16, 16), num_classes=0)))
+  with pytest.raises(ValueError, match=r"is a vision-language model, .* valid: tokred.bench_vlm.measure"):
+    bench.compare(reader, reader)
   with pytest.raises(ValueError, match=r"'runs/x' is no model that can be called; valid: what tokred.load returns"):
     compare("runs/x", Handle(1.0))
 

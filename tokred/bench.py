@@ -121,6 +121,8 @@ def compare(
       dispatch.
   """
   for each in (model, baseline):
+    if isinstance(each, Reader):
+      raise ValueError("a model is a vision-language model, which takes prompts; valid: tokred.bench_vlm.measure")
     if not callable(each):
       raise ValueError(f"{each!r} is no model that can be called; valid: what tokred.load returns")
   if np.ndim(batch_sizes) != 1 or np.asarray(batch_sizes).dtype.kind not in "iu":  # float where there is none
