@@ -75,6 +75,35 @@ def test_a_model_without_sites_draws_the_images(drawn, tmp_path):
   assert len(drawn[0].axes) == 1
 
 
+def test_patches_that_a_language_model_reads(drawn, tmp_path):
+  """16 patches; the tower's last site leaves 8 of them, the first layer of the language model 4; CLS is not read."""
+  sites = dict(
+    out=dict(reducer="topk", score="key_norm", layers=(-1,), place="output", keep=9),
+    llm=dict(stack="llm", reducer="topk", score="last_attention", layers=(1,), place="before", keep=0.5),
+  )
+  tower = dict(name="vlm", variant="mu/4", image_size=(16, 16), num_classes=0, depth=1)
+  sizes = dict(vocab=40, width=32, depth=2, num_heads=4, mlp_dim=48, image_token=3)
+  model = tokred.build(dict(model=tower, llm=sizes, sites=sites)).init()
+  ids = np.array([[0, 0, 5, *[3] * 16, 6], [8, 9, *[3] * 16, 10, 11]], np.int32)
+  images = np.random.default_rng(0).standard_normal((2, 1, 16, 16, 3)).astype(np.float32)
+  save_survivors(model, images, tmp_path / "survivors.png", ids=ids, mask=ids > 0)
+  axes = np.array(drawn[0].axes).reshape(2, 3)
+  titles = ["image: 17 tokens", "given to the LLM: 8 tokens", "LLM layer 1: 4 tokens"]
+  assert [axis.get_title() for axis in axes[0]] == titles
+  left = [np.ones(16, bool), *(tinted(axis, axes[1, 0]) for axis in axes[1, 1:])]
+  assert [int(kept.sum()) for kept in left] == [16, 8, 4] and not (left[2] & ~left[1]).any()
+  kept = np.asarray(model.inspect(ids, images, ids > 0).tokens.owner)[1, 2:18] >= 0
+  np.testing.assert_array_equal(left[2], kept)
+  with pytest.raises(ValueError, match=r"ids=None: which patches a vision-language model keeps depends on its prompt"):
+    save_survivors(model, images, tmp_path / "survivors.png")
+
+
+def tinted(axis, image):
+  """(16,) bool: the patches of a panel that are as in the image."""
+  same = np.abs(axis.images[0].get_array() - image.images[0].get_array()).max(-1) < 1e-6
+  return same.reshape(4, 4, 4, 4).all((1, 3)).reshape(-1)
+
+
 def test_a_write_that_fails_leaves_the_old_picture(model, monkeypatch, tmp_path):
   path = tmp_path / "survivors.png"
   path.write_bytes(b"old")

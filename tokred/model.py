@@ -135,12 +135,11 @@ class Reader(Model):
     ids, images, slot = self._checked(ids, images, slot, mask)
     return generate.write(self.module, self.params, ids, images, slot, mask, max_new_tokens, **options)
 
-  def inspect(self, ids: Array, images: Array) -> Any:
-    """The whole output, with all that reducers report and the source map after each layer, in `aux`."""
-    ids, images, slot = self._checked(ids, images, None)
-    known = self.module.known(ids, slot, None, self.mode)
-    run = lambda params: self.module.apply({"params": params}, ids, images, slot=slot, known=known, mode=self.mode)  # noqa: E731
-    return jax.jit(run)(self.params)
+  def inspect(self, ids: Array, images: Array, mask: Array | None = None) -> Any:
+    """The whole output, with all that reducers report and the source map of ids after each layer, in `aux`."""
+    ids, images, slot = self._checked(ids, images, None, mask)
+    known = self.module.known(ids, slot, mask, self.mode)
+    return read(self.module, self.mode, True)(self.params, known, ids, images, slot, mask)
 
   def _checked(self, ids: Any, images: Any, slot: Any, mask: Any = None) -> tuple[np.ndarray, Any, np.ndarray]:
     self._check_params()
@@ -187,12 +186,12 @@ MODELS: dict[str, tuple[type[Model], Callable[[ConfigDict], Any]]] = {
 
 
 @functools.lru_cache(maxsize=32)
-def read(module: vlm.VLM, mode: str) -> Any:
-  """Jitted (params, known, ids, images, slot, mask) -> logits at ids; `known` is static."""
+def read(module: vlm.VLM, mode: str, report: bool = False) -> Any:
+  """Jitted (params, known, ids, images, slot, mask) -> logits at ids, or the whole output; `known` is static."""
 
   def run(params: Any, known: Any, ids: Array, images: Array, slot: Array, mask: Any) -> Array:
     output = module.apply({"params": params}, ids, images, slot=slot, mask=mask, known=known, mode=mode)
-    return tk.restore(output.logits, output.tokens.owner)
+    return output if report else tk.restore(output.logits, output.tokens.owner)
 
   return jax.jit(run, static_argnums=1)
 

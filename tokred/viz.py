@@ -8,7 +8,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from tokred.model import Model
+from tokred.model import Model, Reader
+from tokred.nn import placeholders
 
 matplotlib.use("Agg")  # files only: no display is asked for
 from matplotlib import pyplot as plt
@@ -38,22 +39,33 @@ def save_survivors(
   path: str | os.PathLike[str],
   *,
   titles: Sequence[str] | None = None,
+  ids: np.ndarray | None = None,
+  mask: np.ndarray | None = None,
 ) -> Path:
   """Draws, a row an image and a column a block that reduces, which patches are left.
 
-  Dropped patches are tinted; patches that share a token have frames, of one colour for each token.
+  Dropped patches are tinted; patches that share a token have frames, of one colour for each token.  Of a
+  vision-language model: what reaches the language model, and what is left behind each of its layers that reduces.
 
   Args:
     model: with parameters.
-    images: (B, height, width, channels) float32, as the model takes them.
+    images: (B, height, width, channels) float32, as the model takes them; of a vision-language model (B, R, ...).
     path: of the PNG; written to a temporary name and renamed.
     titles: one a row.
+    ids: (B, S) int32 prompts of a vision-language model, as `tokred.evaluate.prompts` has them.
+    mask: (B, S), nonzero where there is a token of `ids`; None: everywhere.
 
   Returns:
     The path.
+
+  Raises:
+    ValueError: a vision-language model without ids.
   """
-  shape = model.module.shape
-  stages = _stages(model, images)
+  if isinstance(model, Reader):
+    shape, prefix, stages = model.module.tower.shape, 0, _read(model, ids, images, mask)
+    images = np.reshape(images, (-1, *np.shape(images)[2:]))
+  else:
+    shape, prefix, stages = model.module.shape, model.module.shape.num_prefix_tokens, _stages(model, images)
   mean, std = (np.asarray(model.config.data[name], np.float32) for name in ("mean", "std"))
   pictures = np.clip(np.asarray(images) * std + mean, 0, 1) * np.ones(3)  # grey images become RGB
   rows, columns = len(pictures), len(stages) + 1
@@ -63,11 +75,11 @@ def save_survivors(
   for row, picture in enumerate(pictures):
     _draw(axes[row, 0], picture, "" if row else f"image: {shape.num_tokens} tokens", titles[row] if titles else "")
     for column, (name, owners) in enumerate(stages, 1):
-      kept, shared = survivors(owners[row], shape.num_prefix_tokens)
+      kept, shared = survivors(owners[row], prefix)
       tint = np.kron(kept.reshape(shape.grid), np.ones((shape.patch, shape.patch)))[..., None]
       title = "" if row else f"{name}: {_count(owners)} tokens"
       _draw(axes[row, column], np.where(tint, picture, 0.2 * picture + 0.8 * DROPPED), title, "")
-      _frames(axes[row, column], owners[row][shape.num_prefix_tokens :], shared, shape)
+      _frames(axes[row, column], owners[row][prefix:], shared, shape)
   figure.supxlabel("blue: dropped; frames of one colour: merged into one token; else a token of its own", fontsize=8)
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +103,24 @@ def _stages(model: Model, images: np.ndarray) -> list[tuple[str, np.ndarray]]:
     if not np.array_equal(owner, before):
       stages.append((name, owner))
     before = owner
+  return stages
+
+
+def _read(model: Reader, ids: Any, images: Any, mask: Any) -> list[tuple[str, np.ndarray]]:
+  """(name, owner (B R, patches)) where the language model begins, and after each of its layers that changed it."""
+  if ids is None:
+    raise ValueError("ids=None: which patches a vision-language model keeps depends on its prompt; valid: (B, S) int32")
+  output, s = model.inspect(ids, images, mask), model.module.tower.shape
+  slot = placeholders.slots(ids, model.module.image_token, images.shape[1], s.grid[0] * s.grid[1])
+  rows, stages, before = np.arange(len(slot))[:, None, None], [], None
+  names = {"owner/tower": "given to the LLM"}
+  names |= {f"owner/{layer}": f"LLM layer {layer}" for layer in range(model.config.llm.depth)}
+  for name, title in names.items():
+    owner = np.where(slot >= 0, np.asarray(output.aux[name])[rows, slot], -1).reshape(-1, slot.shape[-1])
+    fate = [survivors(one, 0) for one in owner]  # places in the row change also where no patch has left
+    if not np.array_equal(fate, before):
+      stages.append((title, owner))
+    before = fate
   return stages
 
 

@@ -186,7 +186,8 @@ class VLM(nn.Module):
 
     Returns:
       Output; its `tokens.owner` (B, S) tells where each token of ids is now, so that
-      `tokens.restore(logits, output.tokens.owner)` has the logits at ids.
+      `tokens.restore(logits, output.tokens.owner)` has the logits at ids; `aux` tells the same of each layer, by
+      "owner/<layer>", and of what the language model is given, by "owner/tower".
     """
     own, keeps = {spot.site for spot in self.llm.sites.spots}, keeps or {}
     options = {name: value for name, value in keeps.items() if name.partition(".")[0] in own}
@@ -317,8 +318,9 @@ class VLM(nn.Module):
 
   def _whole(self, out: Output, owner: Array, report: Mapping[str, Any]) -> Output:
     seen = {name: value for name, value in report.items() if name.startswith("reduce/")}
+    seen |= {name: tk.follow(owner, value) for name, value in out.aux.items() if name.startswith("owner/")}
     tokens = out.tokens.replace(owner=tk.follow(owner, out.tokens.owner))
-    return out.replace(tokens=tokens, aux=out.aux | seen)
+    return out.replace(tokens=tokens, aux=out.aux | seen | {"owner/tower": owner})
 
 
 def _owners(text: Array, visual: Tokens, slot: Array) -> Array:
