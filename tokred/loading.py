@@ -64,7 +64,8 @@ def _source(path: str | os.PathLike[str]) -> pretrained.Source | None:
   local = Path(path)
   if (local / LANGUAGE_CARD).exists():
     raise ValueError(
-      f"{path} is an export of a vision-language model; tokred.export.generation.open_generation runs it"
+      f"{path} is an export of a vision-language model; tokred.export.generation.open_generation runs it, and "
+      "python -m tokred.predict asks it"
     )
   if (local / export.CARD).exists() or (local / checkpoint.FOLDER).is_dir():
     return None

@@ -1,9 +1,11 @@
-"""What a model sees in images: the five likeliest classes of each.
+"""What a model sees in images: the five likeliest classes of each, or what it answers to a question.
 
     python -m tokred.predict --model=exported cat.jpg dog.png [--show | --show=FILE.png]
+    python -m tokred.predict --model=runs/easy cat.jpg --question="what is on the sofa?"
 
 `--model` is whatever `tokred.load` takes: a run directory, an export of any format, a Hugging Face directory.  `--show`
-also writes a picture of the tokens that survive each block, beside the first image or as FILE.png.
+also writes a picture of the tokens that survive each block, beside the first image or as FILE.png.  A vision-language
+model is asked the same of each image.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -20,10 +22,14 @@ from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
 from tokred.data import images as pictures
-from tokred.data import label_names
+from tokred.data import label_names, tokenizer
 from tokred.data.batches import mean_std, normalise
+from tokred.data.conversations import Writer
 from tokred.data.folder import read
+from tokred.data.talks import IMAGE, Talk
 from tokred.export import Exported
+from tokred.export.folder import LANGUAGE_CARD
+from tokred.export.generation import Generation, open_generation
 from tokred.loading import load
 from tokred.model import Model, Reader, freeze
 
@@ -65,7 +71,7 @@ def predict(
     For each image (name, probability), the likeliest first; the index where the name is not known.
   """
   if isinstance(model, Reader):
-    raise ValueError("a vision-language model has no classes: it answers questions, by eval.py or model.write")
+    raise ValueError("a vision-language model has no classes: it answers questions, by predict.answer")
   if not isinstance(top, (int, np.integer)) or top < 1:
     raise ValueError(f"top={top!r}; valid: 1 or more classes")
   if not model.config.model.num_classes:
@@ -87,42 +93,107 @@ def predict(
   return [[(names[c], float(row[c])) for c in best] for row, best in zip(share, order, strict=True)]
 
 
+def answer(model: Reader | Generation, question: str, images: Sequence[str | os.PathLike[str]], **options: Any) -> str:
+  """What a vision-language model says to a question about images.
+
+  The prompt is written as the model has learned: with `config.text.prompt` and `system`, in the ids of
+  `config.text.tokenizer`.
+
+  Args:
+    model: with parameters, or an export of one, as `tokred.export.generation.open_generation` gives it.
+    question: with <image> where an image stands; where it names none, the images stand before it.
+    images: files, in the order of the text.
+    **options: of the model's `write`: max_new_tokens, ...
+
+  Raises:
+    ValueError: no such model, a question without images, one that cannot be read, or that the model cannot take.
+  """
+  ids, pixels = _prompt(model.config, question, images)
+  words = tokenizer(model.config)
+  stop = (words.eos,) if words.eos >= 0 else ()
+  if isinstance(model, Generation):
+    said = model.write(ids, pixels, stop=stop, **options)[0].tolist()
+  else:
+    said = np.asarray(model.write(ids, pixels, stop_tokens=stop, **options).tokens)[0].tolist()
+  return words.decode(said[: said.index(words.eos)] if words.eos in said else said)
+
+
+def _prompt(config: ConfigDict, question: str, images: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+  """Ids (1, S) and normalised images (1, R, height, width, channels) of a question."""
+  m, t = config.model, config.text
+  if m.name != "vlm":
+    raise ValueError(f"question={question!r}: a model of images alone answers none; valid: a vision-language model")
+  if isinstance(images, (str, os.PathLike)):
+    raise ValueError(f"images={str(images)!r}; valid: a list of files")
+  question = question if IMAGE in question else f"{IMAGE}\n" * len(images) + question
+  if not len(images) or question.count(IMAGE) != len(images):
+    raise ValueError(
+      f"question={question!r} has {question.count(IMAGE)} {IMAGE} for {len(images)} images; valid: as many"
+    )
+  pixels = np.stack([read_image(path, config) for path in images])
+  patch = int(m.variant.rpartition("/")[2])
+  patches = (m.image_size[0] // patch) * (m.image_size[1] // patch)
+  writer = Writer(tokenizer(config), config.llm.image_token, patches, t.prompt, t.system)
+  line = zip(*writer(Talk(((question, ""),), tuple(range(len(images))))), strict=True)
+  ids = [index for index, answers in line if not answers]
+  return np.array([ids], np.int32), _normalised(pixels, config)[None]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """The command line."""
   parser = argparse.ArgumentParser(prog="python -m tokred.predict", description="The likeliest classes of images.")
   parser.add_argument("--model", required=True, help="run directory, export or weights: what tokred.load takes")
   parser.add_argument("--show", nargs="?", const="", metavar="FILE.png", help="write a picture of surviving tokens")
+  parser.add_argument("--question", help="what a vision-language model is asked of each image")
   parser.add_argument("images", nargs="+")
   flags = parser.parse_args(argv)
   logging.set_verbosity(logging.WARNING)  # else JAX tells of every backend that this machine does not have
   if flags.show and not flags.show.endswith(".png"):
     sys.exit(f"tokred.predict: --show={flags.show!r} must end in .png; give --show behind the images to name none")
   try:
-    model = load(flags.model)
-    if isinstance(model, Exported) and flags.show is not None:
+    model = open_generation(flags.model) if (Path(flags.model) / LANGUAGE_CARD).is_file() else load(flags.model)
+    if isinstance(model, (Exported, Generation)) and flags.show is not None:
       raise ValueError(
-        f"{flags.model} is a function without parameters, so --show cannot look inside; export orbax too"
+        f"{flags.model} is a function without parameters, so --show cannot look inside; "
+        + ("export orbax too" if isinstance(model, Exported) else "give the run that was exported")
       )
     if isinstance(model, Model):
       model = freeze(model)
     config = model.config
-    if config.model.name == "vlm":
-      raise ValueError(f"{flags.model} is a vision-language model: it answers questions, by eval.py or model.write")
+    if config.model.name == "vlm" and flags.question is None:
+      raise ValueError(f"{flags.model} is a vision-language model: it answers a --question, and has no classes")
+    if flags.question is not None:
+      said = {path: answer(model, flags.question, [path]) for path in flags.images}
+      print("\n".join(f"{path}\n  {words}" for path, words in said.items()))
+      if flags.show is not None:
+        print(f"picture: {_show_read(model, flags.question, said, _picture(flags))}")
+      return
     pixels = np.stack([read_image(path, config) for path in flags.images])
     answers = predict(model, pixels)
-    for path, answer in zip(flags.images, answers, strict=True):
+    for path, best in zip(flags.images, answers, strict=True):
       print(path)
-      for name, share in answer:
+      for name, share in best:
         print(f"  {share:7.2%}  {name}")
     if flags.show is not None:
-      first = Path(flags.images[0])
-      print(f"picture: {_show(model, pixels, answers, flags.show or first.with_name(f'{first.stem}_tokens.png'))}")
+      print(f"picture: {_show(model, pixels, answers, _picture(flags))}")
   except (ValueError, OSError) as error:
     sys.exit(f"tokred.predict: {' '.join(str(error).split())}")
 
 
 def _normalised(pixels: np.ndarray, config: ConfigDict) -> np.ndarray:
   return normalise(pixels, mean_std(config.data, config.model.channels)).astype(np.float32)
+
+
+def _picture(flags: argparse.Namespace) -> Path:
+  first = Path(flags.images[0])
+  return Path(flags.show) if flags.show else first.with_name(f"{first.stem}_tokens.png")
+
+
+def _show_read(model: Reader, question: str, said: dict[str, str], path: Path) -> Path:
+  from tokred import viz  # see below
+
+  ids, pixels = zip(*(_prompt(model.config, question, [image]) for image in said), strict=True)
+  return viz.save_survivors(model, np.concatenate(pixels), path, titles=list(said.values()), ids=np.concatenate(ids))
 
 
 def _show(

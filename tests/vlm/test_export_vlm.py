@@ -4,17 +4,20 @@ import dataclasses
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import tokred
 from tokred import predict
+from tokred.config import complete
 from tokred.data.tokenizers import WordTokenizer
 from tokred.export import ExportError, check
 from tokred.export.generation import open_generation, save_generation
-from tokred.model import build
+from tokred.model import Reader, build
 
 IMAGE = 3
 CONFIG = dict(
@@ -99,12 +102,30 @@ def test_bad_prompts(folder):
       found.write(**p | changed)
 
 
-def test_classes_of_a_model_that_answers(monkeypatch):
-  monkeypatch.setattr(predict, "load", lambda path: model())
-  with pytest.raises(
-    SystemExit, match=r"tokred.predict: run is a vision-language model: it answers questions, by eval"
-  ):
-    predict.main(["--model=run", "cat.jpg"])
+def test_questions_in_words(folder, tmp_path, monkeypatch, capsys):
+  """The run and its export are asked alike: bos, 16 placeholders, two words and a mark that nobody knows."""
+  asked, photo = complete(model().config), tmp_path / "cat.png"
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)).save(photo)
+  with asked.unlocked():
+    asked.text.tokenizer = str(folder / "words.json")
+  run, found = dataclasses.replace(model(), config=asked), open_generation(folder)
+  ids, images = predict._prompt(asked, "What colour?", [photo])
+  assert ids.tolist() == [[1, *[3] * 16, 5, 6, 4]] and images.shape == (1, 1, 16, 16, 3)
+  said = WordTokenizer.read(folder / "words.json").decode(found.write(ids, images, stop=(2,))[0])
+  assert predict.answer(found, "What colour?", [photo]) == said
+  written = lambda self, *given, stop_tokens: SimpleNamespace(tokens=found.write(*given, stop=stop_tokens))  # noqa: E731
+  monkeypatch.setattr(Reader, "write", written)
+  assert predict.answer(run, "<image> what colour?", [photo]) == said
+  predict.main([f"--model={folder}", str(photo), "--question=What colour?"])
+  assert capsys.readouterr().out == f"{photo}\n  {said}\n"
+  monkeypatch.setattr(predict, "load", lambda path: run)
+  for message, arguments in {
+    r"run is a vision-language model: it answers a --question": ["--model=run"],
+    rf"{folder} is a function without parameters, .* give the run": [f"--model={folder}", "--show"],
+    r"question='<image> or <image>' has 2 <image> for 1 images": ["--model=run", "--question=<image> or <image>"],
+  }.items():
+    with pytest.raises(SystemExit, match=f"tokred.predict: {message}"):
+      predict.main([str(photo), *arguments])
 
 
 def test_functions_for_other_platforms_are_not_run_here(tmp_path):

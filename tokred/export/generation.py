@@ -26,10 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax import export as jax_export
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 import tokred
 from tokred import files, run_dir
+from tokred.config import complete
 from tokred.export.folder import LANGUAGE_CARD as CARD
 from tokred.export.folder import WEIGHTS, ExportError, check_replaceable, in_fresh_process, replacing
 from tokred.export.functions import PLATFORMS, check_platform, here
@@ -106,9 +108,10 @@ def save_generation(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generation:
-  """What a folder holds, ready to run."""
+  """What a folder holds, ready to run; `tokred.predict.answer` asks it in words."""
 
   card: dict[str, Any]
+  config: ConfigDict  # of the model that was exported; `config.text.tokenizer` is the folder's where that has one
   weights: dict[str, jax.Array]
   functions: dict[int, dict[str, Callable[..., Any]]]  # by image tokens
 
@@ -195,7 +198,13 @@ def open_generation(directory: str | os.PathLike[str]) -> Generation:
   check_platform(directory, card)
   read = lambda path: jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)  # noqa: E731
   functions = {n: {name: read(directory / str(n) / f"{name}.stablehlo") for name in PARTS} for n in card["counts"]}
-  return Generation(card, {name: jnp.asarray(a) for name, a in load_file(directory / WEIGHTS).items()}, functions)
+  config = complete(card["config"][str(card["counts"][-1])])
+  if (directory / run_dir.WORDS).is_file():
+    with config.unlocked():
+      config.text.tokenizer = str(directory / run_dir.WORDS)
+  return Generation(
+    card, config, {name: jnp.asarray(a) for name, a in load_file(directory / WEIGHTS).items()}, functions
+  )
 
 
 def _functions(
