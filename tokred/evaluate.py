@@ -213,15 +213,32 @@ def examples(model: Model, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def prompts(model: Model, number: int) -> dict[str, np.ndarray]:
-  """The first questions of the evaluation split as a model is asked them.
+  """The first questions of the evaluation split as a model is asked them, of those that show `config.text.images`.
 
   Returns:
-    ids (number, S) int32, mask (number, S) bool and images (number, R, height, width, channels) float32; S ends with
-    the longest.
+    ids (rows, S) int32, mask (rows, S) bool and images (rows, R, height, width, channels) float32; rows: `number`, or
+    as many as there are; S: the ids of the longest question of the split.
+
+  Raises:
+    ValueError: no question shows so many images.
   """
-  asked = vqa.without_answer(next(iter(_batches(model, None, number))))
-  length = int(asked["mask"].sum(1).max())
-  return dict(ids=asked["ids"][:, :length], mask=asked["mask"][:, :length], images=asked["image"])
+  batches, found = _batches(model, None, number), []
+  length = batches.batch_at.layout.corpus.longest_question()
+  for batch in batches:
+    asked = vqa.without_answer(batch)
+    whole = batch["valid"] & (asked["slot"] >= 0).all((1, 2))
+    rows = (asked["ids"][whole, :length], asked["mask"][whole, :length], batch["image"][whole])
+    found += zip(*rows, strict=True)
+    if len(found) >= number:
+      break
+  if not found:
+    c = model.config
+    raise ValueError(
+      f"config.text.images={c.text.images}: no first question of config.data.eval_split={c.data.eval_split!r} shows as "
+      "many; valid: the number of most"
+    )
+  ids, mask, images = map(np.stack, zip(*found[:number], strict=True))
+  return dict(ids=ids, mask=mask, images=images)
 
 
 def _batches(model: Model, split: str | None, batch_size: int | None) -> Iterable[dict[str, np.ndarray]]:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import tokred
-from tokred import predict
+from tokred import evaluate, predict
 from tokred.config import complete
 from tokred.data.tokenizers import WordTokenizer
 from tokred.export import ExportError, check
@@ -126,6 +126,21 @@ def test_questions_in_words(folder, tmp_path, monkeypatch, capsys):
   }.items():
     with pytest.raises(SystemExit, match=f"tokred.predict: {message}"):
       predict.main([str(photo), *arguments])
+
+
+def test_prompts_of_an_export_are_as_long_as_any_question(tmp_path):
+  """Those that show no image cannot be asked of it, and the first one is not the longest."""
+  Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+  lines = [("who are you", None), ("<image> what", "a.png"), ("<image> what is this", "a.png")]
+  for split in ("train", "test"):
+    said = [[dict(value=asked, **{"from": "human"}), dict(value="a cat", **{"from": "gpt"})] for asked, _ in lines]
+    talks = [dict(conversations=turns, image=image) for turns, (_, image) in zip(said, lines, strict=True)]
+    (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, talks)))
+  data = dict(name="conversations", data_dir=str(tmp_path))
+  for number, rows in ((1, 1), (4, 2)):
+    found = evaluate.prompts(build(CONFIG | dict(data=data)), number)
+    assert found["ids"].shape == (rows, 1 + 16 + 3) and found["images"].shape == (rows, 1, 16, 16, 3)
+    assert found["mask"].sum(1).tolist() == [18, 20][:rows]
 
 
 def test_functions_for_other_platforms_are_not_run_here(tmp_path):

@@ -9,6 +9,7 @@ A batch is a pure function of the config and its number, as in `pipeline`.
 
 import dataclasses
 import functools
+import itertools
 import zlib
 from collections.abc import Sequence
 
@@ -197,6 +198,11 @@ class Corpus:
   def counts(self) -> np.ndarray:
     """Images of each conversation."""
     return np.diff(self.picture_starts)
+
+  def longest_question(self) -> int:
+    """Ids of a conversation up to its first answer, at most."""
+    parts = (self.answer[start:end] for start, end in itertools.pairwise(self.starts))
+    return max(int(np.append(part, True).argmax()) for part in parts)
 
   def shared(self, talk: int, image_token: int) -> int:
     """Ids of a conversation up to the end of its image."""
