@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from tokred import sharding
 from tokred import tokens as tk
 from tokred.model import build
 from tokred.nn import placeholders, projectors, resampling
@@ -165,6 +167,20 @@ def test_quecc_listens_to_the_question():
   question = jnp.array([[1.0, -1, 0, 2, 0]])
   assert np.abs(out.x - run(module, tokens.replace(feats={"text": question}), params=params)[0].x).max() > 1e-3
   assert "text" not in parameters(module, arrive(batch=1))
+
+
+def test_sums_over_windows_are_a_depthwise_convolution_on_any_mesh():
+  """flax's own, whose kernel would get twice its gradient here."""
+  x, module = np.random.default_rng(0).normal(size=(8, 24, 6)).astype(np.float32), resampling.WindowSum()
+  theirs = nn.Conv(6, (2, 3), (2, 3), "VALID", feature_group_count=6)
+  params = jax.jit(lambda: theirs.init(jax.random.key(0), x.reshape(8, 4, 6, 6)))()
+  own = jax.jit(lambda p, x: module.apply(p, x, (4, 6), (2, 3)))
+  np.testing.assert_allclose(own(params, x), jax.jit(theirs.apply)(params, x.reshape(8, 4, 6, 6)), atol=1e-5)
+  slope = jax.jit(jax.grad(lambda p, x: (own(p, x) ** 2).mean()))
+  wanted = slope(params, x)
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  spread = jax.device_put(params, sharding.shardings(params, mesh)), jax.device_put(x, sharding.batch_sharding(mesh))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), slope(*spread), wanted)
 
 
 def test_budgets_of_queries_are_nested():
