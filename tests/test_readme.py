@@ -58,3 +58,11 @@ def test_counts_of_the_readme():
   config = eval(_block("tokred.build(").split("tokred.build(")[1].split(")   ")[0])
   assert tokred.build(config).counts[:2] == (184, 171)
   assert tokred.build(config).counts[-1] == 41
+
+
+def test_modules_that_the_readme_names_come_with_the_package():
+  """`import tokred` and the dotted name are enough, whatever else has been imported."""
+  root = Path(tokred.__file__).parent
+  named = {name for name in re.findall(r"tokred\.(\w+)\.", README) if (root / f"{name}.py").is_file()}
+  assert {"bench", "schedules", "viz"} <= named <= set(tokred._MODULES)
+  assert "calibrate" in tokred._MODULES and callable(tokred.calibrate.by_threshold)

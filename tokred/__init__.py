@@ -22,8 +22,8 @@ _HOME = {
   "register": "tokred.reducers",
 }
 _MODULES = (
-  "bench checkpoint config cost data evaluate export losses model nn pretrained rates reducers scores sharding sites "
-  "testing tokens train viz"
+  "bench bench_vlm budgets calibrate checkpoint config cost data evaluate export losses lora model nn predict "
+  "pretrained probe processing rates reducers scores schedules sharding sites sweep testing tokens train viz vqa"
 ).split()
 
 __all__ = ["__version__", *_HOME, *_MODULES]
