@@ -19,7 +19,8 @@ def main(argv: list[str]) -> None:
     summary = train(_CONFIG.value, _WORKDIR.value)
   except (ValueError, ArithmeticError, OSError) as error:
     sys.exit(f"train.py: {' '.join(str(error).split())}")
-  print(f"accuracy {summary['accuracy']:.4f}, {summary['gflops']:.4g} GFLOPs, tokens {summary['counts']}")
+  read = f", of an image {summary['image_tokens']} read by the language model" if "image_tokens" in summary else ""
+  print(f"accuracy {summary['accuracy']:.4f}, {summary['gflops']:.4g} GFLOPs, tokens {summary['counts']}{read}")
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -374,7 +374,7 @@ def test_a_directory_of_llava_loads_and_learns(talks, tmp_path):
   with config.unlocked():
     config.text.max_length, config.text.tokenizer = 120, ""
   summary = train(config, tmp_path / "run")
-  assert summary["step"] == 2
+  assert summary["step"] == 2 and summary["image_tokens"] == 36
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,8 @@ class _Run:
     result = evaluate.run(model.module, model.params, self.eval_batches, model.mode, self.phase.mesh)
     if not final:
       return result
-    counts = list(model.counts)
-    return result | {"counts": counts, "gflops": model.flops / 1e9, "gmacs": model.macs / 1e9}
+    result |= {"image_tokens": model.module.left()} if model.config.model.name == "vlm" else {}
+    return result | {"counts": list(model.counts), "gflops": model.flops / 1e9, "gmacs": model.macs / 1e9}
 
   def _frozen(self, state: Any, step: int) -> Any:
     """At `config.rates.freeze_step` learned rates become integers, and from there on survivors are gathered."""
