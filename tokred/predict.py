@@ -123,6 +123,11 @@ def _prompt(config: ConfigDict, question: str, images: Sequence[Any]) -> tuple[n
   m, t = config.model, config.text
   if m.name != "vlm":
     raise ValueError(f"question={question!r}: a model of images alone answers none; valid: a vision-language model")
+  if not t.tokenizer:
+    raise ValueError(
+      "config.text.tokenizer='': nothing says which ids the model has for words; valid: a run, an export, or a LLaVA "
+      "directory with its tokenizer's files"
+    )
   if isinstance(images, (str, os.PathLike)):
     raise ValueError(f"images={str(images)!r}; valid: a list of files")
   question = question if IMAGE in question else f"{IMAGE}\n" * len(images) + question

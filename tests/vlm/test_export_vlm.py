@@ -118,6 +118,8 @@ def test_questions_in_words(folder, tmp_path, monkeypatch, capsys):
   assert predict.answer(run, "<image> what colour?", [photo]) == said
   predict.main([f"--model={folder}", str(photo), "--question=What colour?"])
   assert capsys.readouterr().out == f"{photo}\n  {said}\n"
+  with pytest.raises(ValueError, match=r"config.text.tokenizer='': nothing says which ids"):
+    predict.answer(model(), "What colour?", [photo])
   monkeypatch.setattr(predict, "load", lambda path: run)
   for message, arguments in {
     r"run is a vision-language model: it answers a --question": ["--model=run"],
