@@ -20,7 +20,7 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of config.data.data_d
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "config.eval.batch_size where not given.")
 _MODE = flags.DEFINE_enum("mode", "gather", ["gather", "mask"], "mask: as it was trained, to compare.")
 _METHODS = flags.DEFINE_list("methods", [], "Of configs/vlm_methods.py.")
-_KEEP = flags.DEFINE_list("keep", ["1.0"], "Shares of an image's tokens, for --methods; 1.0: the model without sites.")
+_KEEP = flags.DEFINE_list("keep", [], "Shares of an image's tokens, for --methods; 1.0: the model without sites.")
 _TIMES = flags.DEFINE_bool("times", True, "Whether a vision-language model is timed too.")
 _OUTPUT = flags.DEFINE_string("output", None, "File for the JSON, besides printing it.")
 

@@ -18,7 +18,7 @@ _DTYPE = flags.DEFINE_string("dtype", None, "Of activations and stored weights: 
 _PREPROCESS = flags.DEFINE_boolean("preprocess", False, "Functions take uint8 images and give probabilities.")
 _LATENCY = flags.DEFINE_list("latency", ["1", "8", "64"], "Batch sizes of the card's latency table; none: --latency=")
 _METHOD = flags.DEFINE_string("method", "", "Of configs/vlm_methods.py, for a vision-language model.")
-_KEEP = flags.DEFINE_list("keep", ["1.0"], "Shares of an image's tokens, for --method.")
+_KEEP = flags.DEFINE_list("keep", [], "Shares of an image's tokens, for --method.")
 _NEW = flags.DEFINE_integer("max_new_tokens", 32, "That an answer of a vision-language model may have.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of config.data.data_dir.")
 

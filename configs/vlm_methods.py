@@ -121,7 +121,9 @@ def _share(keep: float | str) -> float:
 
 def reductions(model: Any, names: Iterable[str], keeps: Iterable[float | str]) -> dict[str, Any]:
   """A `tokred.model.Reader` with each method at each share, by "method share"; 1.0 is the model without sites."""
-  c, out = model.config, {}
+  c, keeps, out = model.config, list(keeps), {}
+  if not keeps:
+    raise ValueError("no keep is given; valid: shares of the image tokens, such as --keep=1.0,0.25")
   known = dict(depth=model.module.tower.shape.depth, llm_depth=c.llm.depth)
   known["cls"] = model.module.tower.shape.has_cls
   for keep in map(_share, keeps):

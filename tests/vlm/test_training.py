@@ -414,6 +414,8 @@ def test_shares_of_image_tokens(talks, keep):
   model = tokred.build(recipe(talks))
   with pytest.raises(ValueError, match=rf"keep='{keep}'; valid: shares of the image tokens, above 0 up to 1"):
     vlm_methods.reductions(model, ["random"], [keep])
+  with pytest.raises(ValueError, match="no keep is given; valid: shares of the image tokens, such as --keep=1.0,0.25"):
+    vlm_methods.reductions(model, ["random"], [])
 
 
 def test_an_unknown_method_of_a_recipe():
