@@ -9,13 +9,13 @@ from tokred.nn.budget import PLACES
 from tokred.reducers import REGISTRY
 
 SITE = dict(stack="llm", layers=(1,), keep=0.5)
-OPTIONS = {  # what a reducer needs beside its defaults, which ask for CLS; without a score facility has ties
+OPTIONS = {  # beside its defaults, which ask for CLS (None: it is not told); without a score facility has ties
   "facility": dict(score="key_norm"),
   "gamma_mod": dict(layers=(0, 1)),
   "holov": dict(score="key_norm"),
   "mmr": dict(score="key_norm"),
   "qtsplus": dict(layers=(0,)),
-  "remember": dict(score="key_norm", keep=1.0),
+  "remember": dict(score="key_norm", keep=None),
   "topk": dict(score="key_norm"),
   "visionzip": dict(score="key_norm"),
 }
@@ -32,7 +32,8 @@ FAST = (("visionzip", "before"),)  # the others take minutes together, and those
   "name, place", [pytest.param(*case, marks=[pytest.mark.thorough] * (case not in FAST)) for case in CASES]
 )
 def test_decoding_is_recomputing_alone_is_together_masked_is_gathered(name, place):
-  module, params = learned(dict(a=SITE | OPTIONS.get(name, {}) | dict(reducer=name, place=place)))
+  fields = SITE | OPTIONS.get(name, {}) | dict(reducer=name, place=place)
+  module, params = learned(dict(a={field: value for field, value in fields.items() if value is not None}))
   _, _, owner = check_cache(module, params)
   _, mask, protected = batch()
   assert (owner[:, :16] >= 0)[mask & protected].all()

@@ -25,11 +25,12 @@ CUTS = {
   "autoencoder": dict(LLM, reducer="autoencoder", keep=0.5, num_layers=1),
   "attention_gate": dict(LLM, reducer="attention_gate", place="ahead", hidden=8),
 }
+DRAWN = {"dyvte": 2, "glimpse": 2}  # seeds of parameters with which some visual tokens stay, and not all
 FAST = ("qtsplus", "attention_gate")
 
 
 def made(name, **fields):
-  return learned(dict(a=CUTS[name] | fields), depth=2)
+  return learned(dict(a=CUTS[name] | fields), DRAWN.get(name, 1), depth=2)
 
 
 def some(names, fast=FAST):
