@@ -272,6 +272,8 @@ def test_where_sizes_bias_attention():
   idle = dict(reducer="tome", layers=(0, 2), keep=(17, 12))  # nothing merges in layer 0
   assert bias("gather", d=idle) == [False, False, False, True]
   assert bias("mask", d=idle) == [False, True, True, True]  # there a traced count may take its place
+  others = dict(reducer="visionzip", layers=(1,), keep=12)  # merges, and asks for no bias
+  assert bias("gather", d=idle, o=others) == [False, False, True, True]  # as in mask mode
 
 
 def test_needs_and_masked():

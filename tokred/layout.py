@@ -162,8 +162,13 @@ class Sites:
     return any(mode == "mask" or ragged(spot) for spot in self._before(layer))
 
   def proportional(self, layer: int, mode: str) -> bool:
-    """Whether log(size) biases attention of this layer; not where every size is known to be 1."""
-    return any(spot.proportional and (mode == "mask" or not spot.idle) for spot in self._before(layer))
+    """Whether log(size) biases attention of this layer; not where nobody acts who could have changed a size.
+
+    That may be another than the one who asks for the bias, whose own frozen count may let all through.
+    """
+    before = self._before(layer)
+    acts = mode == "mask" or not all(spot.idle for spot in before)
+    return acts and any(spot.proportional for spot in before)
 
   def _before(self, layer: int) -> list[Spot]:
     """Spots whose decision attention of this layer meets; a scope is over when its last block is."""
