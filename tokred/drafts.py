@@ -119,11 +119,11 @@ def _layers(
     if layers not in ((), (-1,)) and stack.name != "llm":  # which has no such place
       raise ValueError(f"{field}.layers={layers}, but place='output' is behind all blocks; drop the field")
     layers = (-1,)
-  if list(layers) != sorted(layers) or not layers:
-    raise ValueError(f"{field}.layers={layers} must name at least one layer, in ascending order")
   for layer in layers:
     if place != "output" and not (type(layer) is int and 0 <= layer < stack.depth):
       raise ValueError(f"{field}.layers has {layer!r}, but the {stack.name} has layers 0 to {stack.depth - 1}")
+  if list(layers) != sorted(layers) or not layers:
+    raise ValueError(f"{field}.layers={layers} must name at least one layer, in ascending order")
   if len(set(layers)) != len(layers):
     raise ValueError(f"{field}.layers={layers} names a layer twice")
   if len(layers) < stack.depth and any(cls.everywhere for cls in classes):
@@ -277,6 +277,9 @@ def _options(field: str, site: dict, names: tuple[str, ...], classes: list[type]
       number = kind is float and type(value) is int
       if option.name in given and kind in (bool, int, float, str) and type(value) is not kind and not number:
         raise ValueError(f"{field}.{option.name}={value!r} must be of type {kind.__name__}")
+      if option.name in given and option.type == tuple[int, ...]:
+        if not (isinstance(value, (tuple, list)) and all(type(item) is int for item in value)):
+          raise ValueError(f"{field}.{option.name}={value!r} must be a tuple of whole numbers")
       if option.name in given and option.name in cls.annealable and not 0 < value < math.inf:
         raise ValueError(f"{field}.{option.name}={value!r} must be above 0, and finite")
   options = [tuple(sorted((k, v) for k, v in given.items() if k in fields)) for fields in own]
