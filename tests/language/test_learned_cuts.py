@@ -49,6 +49,12 @@ def test_laws(name):
     assert (left > 0).all() and (left < (mask & ~protected).sum(1)).any()
 
 
+def test_a_gate_does_not_hold_what_has_left():
+  cut = dict(LLM, reducer="topk", score="token_norm", keep=0.6)
+  module, params = learned(dict(a=cut, b=dict(CUTS["attention_gate"], text=False)), depth=1)
+  check_cache(module, params)
+
+
 @pytest.mark.parametrize("name", some(CUTS, ("qtsplus",)))
 def test_gradients(name):
   """They are finite, and the loss on what follows reaches every parameter that decides."""

@@ -202,7 +202,7 @@ class Block(nn.Module):
         segment = jnp.where(tokens.alive, segment, -1)
       heads = mix(q, k, v, mask=there, segment=segment, causal=order)
     else:
-      heads = gated(mix, q, k, v, holds, there, tokens.feats[INDEX])
+      heads = gated(mix, q, k, v, holds, tokens.mask, tokens.feats[INDEX])
     update = self.attn.out(heads)
     feats = {name: value for name, value in tokens.feats.items() if name.startswith("state/")}
     feats |= {n: FEATURES[n](q, k, v, **_rows(tokens, last)) for n in budget.needs(self.sites, self.layer)}

@@ -82,7 +82,7 @@ def one_more(x: Array, spot: Spot, route: Array | None) -> tuple[Tokens, dict[st
   return tokens, {spot.site: (keep,) * (spot.index + 1)}
 
 
-def gated(mix: Any, q: Array, k: Array, v: Array, gate: Array, mask: Array | None, order: Array) -> Array:
+def gated(mix: Any, q: Array, k: Array, v: Array, gate: Array, mask: Array, order: Array) -> Array:
   """Attention to keys that each head holds or has evicted; a token always sees itself.
 
   Args:
@@ -91,14 +91,14 @@ def gated(mix: Any, q: Array, k: Array, v: Array, gate: Array, mask: Array | Non
     k: (B, heads, N, d); so is v.
     v: see k.
     gate: (B, heads, N) float32, 1 held and 0 evicted, straight-through.
-    mask: (B, N) float32 gates of the tokens; None: all alive, or behind the living.
-    order: (B, N) int32 places in the sequence.
+    mask: (B, N) of the tokens, bool or float32: the dead have kept their places in the sequence.
+    order: (B, N) int32 these places.
 
   Returns:
     (B, H, N, d).
   """
   batch, heads, n, dim = k.shape
-  gate = gate if mask is None else gate * mask[:, None]
+  gate = gate * mask[:, None]
   flat = lambda a: a.reshape(batch * heads, -1, n, dim)  # noqa: E731
   order = jnp.repeat(order, heads, axis=0)
   out = mix(flat(q), flat(k), flat(v), mask=gate.reshape(batch * heads, n), causal=order)
