@@ -155,6 +155,17 @@ def test_gates_learn_where_no_patch_is_left():
   np.testing.assert_allclose(slope[0], [0.0, 1.0, 5.0])
 
 
+def test_a_query_attends_to_nothing_where_no_patch_is_left():
+  """A threshold that none passes: both modes say the same of a register alone, whatever the dead hold."""
+  site = dict(reducer="topk", score="key_norm", layers=(1,), rate="threshold", threshold=1e6, keep=9)
+  module = make({"s": site}, pool="map", num_registers=1)
+  variables, x = params(module), images(module)
+  short, full = (apply(module, variables, x, mode=mode) for mode in ("gather", "mask"))
+  assert full.tokens.alive.sum() == 2
+  np.testing.assert_allclose(short.logits, full.logits, atol=1e-5)
+  np.testing.assert_allclose(full.logits[0], full.logits[1], atol=1e-5)
+
+
 @pytest.mark.parametrize("place", ["attn", "before"])
 def test_the_last_token_is_the_last_that_lives(place):
   sites = dict(reducer="topk", score="last_attention", layers=(1, 2), place=place, keep=(12, 7))

@@ -186,6 +186,7 @@ class AttentionPool(nn.Module):
     probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width), jnp.float32).astype(x.dtype)
     attend = nn.MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype, name="attn")
     x = attend(jnp.broadcast_to(probe, (batch, 1, width)), x, mask=mask[:, None, None])
+    x = jnp.where(mask.any(1)[:, None, None], x, 0)  # a softmax over none is a mean of the dead
     norm = nn.LayerNorm(epsilon=self.norm_eps, dtype=self.dtype, name="norm")
     return (x + Mlp(self.hidden, self.dtype, self.activation, name="mlp")(norm(x)))[:, 0]
 
