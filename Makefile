@@ -7,6 +7,8 @@ SHELL := /bin/bash
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+# Where this is set, each of the processes that tests start would compile anew whatever it imports, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test fast thorough lint clean
 
