@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+import tempfile
 from importlib import metadata
 
 import pytest
@@ -19,6 +21,15 @@ if metadata.version("jaxlib").startswith("0.10."):  # newer ones end the process
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([flags, *(f"{k}={v}" for k, v in WANTED.items() if k not in flags)]).strip()
+
+# What a worker has compiled it need not compile again: tests jit the same model anew, and so do the processes that they
+# start.  The folder is its own and new, so that neither another run nor another worker has a say in what comes out.
+COMPILED = tempfile.mkdtemp(prefix="tokred-compiled-")
+os.environ |= {
+  "JAX_COMPILATION_CACHE_DIR": COMPILED,
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 gc.set_threshold(50_000, 50, 100)  # tracing makes objects by the million and hardly a cycle: a tenth of the time
 
@@ -43,6 +54,10 @@ FIRST = (
   "test_laws", "test_kills", "test_loop", "test_golden", "test_pairs", "test_configs", "test_export", "test_routing",
   "test_training", "test_two_processes", "test_clca", "test_stvit", "test_cli",
 )  # fmt: skip
+
+
+def pytest_unconfigure():
+  shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -26,10 +26,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def call(folder):
-  """Runs a command in the repository on one device; compiled programs are shared between the processes."""
-  cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-  environment = os.environ | cache | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+def call():
+  """Runs a command in the repository on one device."""
+  environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
   def call(*command, fails=False):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -41,6 +42,17 @@ def quick():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_cache():
+  """As users begin: a sweep has a cache of its own where none is set."""
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", None)
+  compilation_cache.reset_cache()
+  yield
+  jax.config.update("jax_compilation_cache_dir", before)
+  compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("sweep")
@@ -65,6 +77,7 @@ def test_a_row_a_run(swept):
     with Image.open(workdir / name) as picture:
       assert picture.format == "PNG"
   assert not list(workdir.glob(".*"))
+  assert any((workdir / "cache").iterdir()) and not jax.config.jax_compilation_cache_dir
 
 
 def test_finished_runs_are_skipped_and_others_added(swept, monkeypatch):

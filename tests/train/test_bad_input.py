@@ -241,7 +241,6 @@ def test_truncated_image_is_refused(folder, compilations, tmp_path):
   assert len(compilations) == before
 
 
-@pytest.mark.usefixtures("cached")
 def test_truncated_image_is_skipped_and_counted(folder, tmp_path, caplog):
   summary = train(folder_config(folder, bad_images="skip"), tmp_path / "run")
   lines = [record.getMessage() for record in caplog.records if "bad_images" in record.getMessage()]
@@ -263,7 +262,6 @@ def workdir(finished, tmp_path):
   return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.mark.usefixtures("cached")
 class TestRunDirectory:
   def test_of_another_config(self, workdir, compilations):
     before, config = len(compilations), micro.config(optim=dict(lr=0.5))
@@ -343,7 +341,6 @@ def test_command_line_says_one_line(arguments, words, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.usefixtures("cached")
 def test_no_room_for_the_checkpoint(tmp_path, monkeypatch):
   usage = shutil.disk_usage(tmp_path)
   monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -17,8 +17,6 @@ from tokred.train import loop
 from tokred.train.loop import Stopped, train
 from tokred.train.phase import Phase, check
 
-pytestmark = pytest.mark.usefixtures("cached")
-
 ROOT = Path(__file__).parents[2]
 HF = ROOT.parent / "shared" / "golden" / "vlm" / "hf"
 LEARNED = dict(rates=micro.PAIR)
@@ -38,7 +36,7 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def dense(cached, one_device, tmp_path_factory):
+def dense(one_device, tmp_path_factory):
   """A run directory of the dense model."""
   folder = tmp_path_factory.mktemp("dense")
   train(micro.config(train=dict(steps=3)), folder)

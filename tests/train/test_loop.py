@@ -21,8 +21,6 @@ from tokred.train import step as step_lib
 from tokred.train.loop import NonFiniteLoss, Stopped, train
 from tokred.train.phase import Phase
 
-pytestmark = pytest.mark.usefixtures("cached")
-
 SGD = dict(name="sgd", momentum=0.0, lr=0.1, clip_norm=0.0)  # adam would blow rounding up: m / sqrt(v)
 EVERY_FAMILY = dict(  # one model with all of them, since compiling is what costs
   a_gumbel=dict(reducer="gumbel", layers=(1,), place="before", keep=0.9),
@@ -66,7 +64,7 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def run(cached, one_device, tmp_path_factory):
+def run(one_device, tmp_path_factory):
   """run(name): the run directory and the summary of a recipe; trained once."""
   root = tmp_path_factory.mktemp("runs")
 

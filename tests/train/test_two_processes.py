@@ -69,7 +69,7 @@ def two(environment, code, *arguments):
 
 
 @pytest.fixture(scope="module")
-def one_process(cached, tmp_path_factory):
+def one_process(tmp_path_factory):
   workdir, real = tmp_path_factory.mktemp("one"), sharding.make_mesh
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, "make_mesh", lambda mesh: real(mesh, jax.devices()[:2]))
