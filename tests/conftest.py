@@ -75,3 +75,19 @@ def compiled_programs_go():
 
   jax.clear_caches()
   gc.collect()
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  """From here to the end of a file, meshes have one of the eight devices unless a test names others; the real maker.
+
+  To be asked for by whatever trains first, a fixture too: eight devices compile for far longer, and learn the same.
+  """
+  import jax
+
+  from tokred import sharding
+
+  real, patch = sharding.make_mesh, pytest.MonkeyPatch()
+  patch.setattr(sharding, "make_mesh", lambda mesh, devices=None: real(mesh, devices or jax.devices()[:1]))
+  yield real
+  patch.undo()

@@ -6,13 +6,12 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import tokred
-from tokred import losses, sharding, sweep
+from tokred import losses, sweep
 from tokred.config import arguments, complete, default
 from tokred.train.loop import train
 
@@ -77,15 +76,6 @@ def data_dir(tmp_path):
     return str(TFDS)
 
   return find
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-  real = sharding.make_mesh
-  monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: real(mesh, devices or jax.devices()[:1]))
-  jax.config.update("jax_disable_most_optimizations", True)  # two steps are not worth seconds of LLVM
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize(("name", "variant", "learned"), ALL)

@@ -37,7 +37,7 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def summary(workdir):
+def summary(one_device, workdir):
   return demo.run(*configs(), workdir, rounds=2)
 
 

@@ -28,7 +28,7 @@ IMAGES = np.random.default_rng(0).standard_normal((3, 8, 8, 1)).astype(np.float3
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(one_device, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run") / "digits"
   train(CONFIG, workdir)
   return workdir

@@ -28,7 +28,7 @@ def test_outputs_are_cleared():
   assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells("code"))
 
 
-def test_it_runs_from_top_to_bottom(capsys):
+def test_it_runs_from_top_to_bottom(one_device, capsys):
   sources = ["".join(cell["source"]) for cell in cells("code")]
   for large, small in SMALL.items():
     assert sum(source.count(large) for source in sources) >= 1, f"the notebook has no {large!r} any more"

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import tokred
-from tokred import results, sharding, sweep
+from tokred import results, sweep
 from tokred.config import default
 from tokred.rates import LEARNED
 
@@ -33,17 +33,7 @@ def config(**overrides):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick():
-  with pytest.MonkeyPatch.context() as patch:
-    real = sharding.make_mesh
-    patch.setattr(sharding, "make_mesh", lambda mesh, devices=None: real(mesh, devices or jax.devices()[:1]))
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_cache():
+def no_cache(one_device):
   """As users begin: a sweep has a cache of its own where none is set."""
   before = jax.config.jax_compilation_cache_dir
   jax.config.update("jax_compilation_cache_dir", None)

@@ -6,7 +6,6 @@ import pytest
 from micro import config, metrics
 
 import tokred
-from tokred import sharding
 from tokred.train import alarms, loop
 from tokred.train.alarms import Alarms, collapsed, overlaps
 
@@ -139,10 +138,8 @@ def test_learned_thresholds_at_their_bounds():
   assert collapsed(sites, at(9.0, 1.4, 1.0)) == {}
 
 
-def test_a_reducer_that_nothing_teaches(tmp_path, capfd, monkeypatch):
+def test_a_reducer_that_nothing_teaches(one_device, tmp_path, capfd):
   """A threshold that is given passes no gradient on to its scorer; by a count the scorer learns."""
-  real = sharding.make_mesh
-  monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: real(mesh, devices or jax.devices()[:1]))
   site = dict(reducer="stts", layers=(1,), place="before", keep=9)
   for name, rate in (("threshold", dict(rate="threshold", threshold=0.5)), ("fixed", {})):
     loop.train(config(dict(pick=site | rate), train=dict(steps=4)), tmp_path / name)
@@ -157,10 +154,8 @@ def test_an_alarm_is_raised_once_and_only_when_it_lasts():
   assert [len(watch.new(m)) for m in (bad, bad, good, bad, bad, bad, bad)] == [0, 0, 0, 0, 0, 1, 0]
 
 
-def test_the_loop_says_so(tmp_path, monkeypatch, capfd):
+def test_the_loop_says_so(one_device, tmp_path, monkeypatch, capfd):
   """A router that cannot learn takes the first tokens of every image."""
-  real = sharding.make_mesh
-  monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: real(mesh, devices or jax.devices()[:1]))
   monkeypatch.setattr(alarms, "PATIENCE", 2)
   site = dict(router=dict(reducer="router", layers=(1,), place="around", keep=0.5))
   loop.train(config(site, train=dict(steps=3), optim=dict(freeze=(".*/router/kernel",))), tmp_path)

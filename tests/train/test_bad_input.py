@@ -241,7 +241,7 @@ def test_truncated_image_is_refused(folder, compilations, tmp_path):
   assert len(compilations) == before
 
 
-def test_truncated_image_is_skipped_and_counted(folder, tmp_path, caplog):
+def test_truncated_image_is_skipped_and_counted(folder, one_device, tmp_path, caplog):
   summary = train(folder_config(folder, bad_images="skip"), tmp_path / "run")
   lines = [record.getMessage() for record in caplog.records if "bad_images" in record.getMessage()]
   assert lines and all("config.data.bad_images='skip': 1 of 20 images unreadable" in line for line in lines)
@@ -250,8 +250,8 @@ def test_truncated_image_is_skipped_and_counted(folder, tmp_path, caplog):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-  """A run directory, by micro recipe on all eight devices."""
+def finished(one_device, tmp_path_factory):
+  """A run directory, by micro recipe."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
   train(micro.config(), workdir)
   return workdir

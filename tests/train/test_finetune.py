@@ -27,15 +27,6 @@ def mesh_of(config, devices):
 
 
 @pytest.fixture(scope="module")
-def one_device():
-  """Meshes have one device unless a test says otherwise."""
-  real, patch = sharding.make_mesh, pytest.MonkeyPatch()
-  patch.setattr(sharding, "make_mesh", lambda mesh, devices=None: real(mesh, devices or jax.devices()[:1]))
-  yield
-  patch.undo()
-
-
-@pytest.fixture(scope="module")
 def dense(one_device, tmp_path_factory):
   """A run directory of the dense model."""
   folder = tmp_path_factory.mktemp("dense")

@@ -15,7 +15,7 @@ import pytest
 from tokred import checkpoint
 
 ROOT = Path(__file__).parents[2]
-STEPS, FREEZE = 140, 40
+STEPS, FREEZE = 80, 24
 DEADLINE = 60.0  # seconds to wait for a moment to come
 OVERRIDES = dict(
   model=dict(width=16, depth=2, num_heads=2, image_size="(4,4)"),
@@ -40,14 +40,14 @@ def start(workdir, environment):
   )
 
 
-def wait_until(process, happened):
-  """Returns as soon as it has happened; fails if the process ends before."""
+def wait_until(process, happened, every=0.01):
+  """Returns as soon as it has happened, looked for so often; fails if the process ends before."""
   deadline = time.monotonic() + DEADLINE
   while not happened():
     if process.poll() is not None or time.monotonic() > deadline:
       out, err = process.communicate(timeout=10)
       pytest.fail(f"the moment never came (exit {process.returncode}): {out}{err}")
-    time.sleep(0.0005)
+    time.sleep(every)
 
 
 def last_step(workdir):
@@ -84,7 +84,7 @@ def test_kills(kills, whole, cached_environment, tmp_path):
     process = start(tmp_path, cached_environment)
     wait_until(process, lambda moment=moment: last_step(tmp_path) >= moment)
     if during_save:
-      wait_until(process, lambda: saving(tmp_path))
+      wait_until(process, lambda: saving(tmp_path), every=0.0005)  # a save is over in no time
     else:
       time.sleep(chance.uniform(0.0, 0.02))
     process.send_signal(number)

@@ -55,15 +55,6 @@ def recipes(dense):
 
 
 @pytest.fixture(scope="module")
-def one_device():
-  """Meshes have one device unless a test says otherwise; the others of the eight are idle."""
-  real, patch = sharding.make_mesh, pytest.MonkeyPatch()
-  patch.setattr(sharding, "make_mesh", lambda mesh, devices=None: real(mesh, devices or jax.devices()[:1]))
-  yield real
-  patch.undo()
-
-
-@pytest.fixture(scope="module")
 def run(one_device, tmp_path_factory):
   """run(name): the run directory and the summary of a recipe; trained once."""
   root = tmp_path_factory.mktemp("runs")

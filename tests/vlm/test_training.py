@@ -27,14 +27,7 @@ from tokred.train.phase import Phase
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from configs import vlm_easy, vlm_llava, vlm_methods
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-  real = sharding.make_mesh
-  monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: real(mesh, devices or jax.devices()[:1]))
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +83,8 @@ def test_two_stages(talks, stage_1, tmp_path):
   moved = {name for name in one if not np.array_equal(one[name], drawn[name])}
   assert moved and all(name.startswith("projector/") for name in moved)
   init = f"init={folder}"
-  second = train(recipe(talks, f"{init},stage=2,tune=lora,method=gumbel,keep=0.25"), tmp_path / "2")
+  short = dict(text__max_length=96)  # as stage 1 has it: from a run on, runlocal asks for 2048
+  second = train(recipe(talks, f"{init},stage=2,tune=lora,method=gumbel,keep=0.25", **short), tmp_path / "2")
   assert second["gmacs"] < first["gmacs"]
   lines = [json.loads(line) for line in (tmp_path / "2" / "metrics.jsonl").read_text().splitlines()]
   assert all(lines[0][f"train/{term}"] >= 0 for term in ("cross_entropy", "distill_logits", "keep_ratio"))
@@ -161,7 +155,8 @@ def test_counts_are_of_the_images_that_there_are(talks):
 @pytest.mark.thorough  # projectors alone: tests/vlm/test_projectors.py
 def test_another_projector_is_drawn_anew_and_the_teacher_keeps_its_own(talks, stage_1, tmp_path):
   folder, first = stage_1
-  config = recipe(talks, f"init={folder},method=queries,keep=0.25", train__steps=1, optim__warmup_steps=0)
+  fields = dict(text__max_length=96, train__steps=1, optim__warmup_steps=0)
+  config = recipe(talks, f"init={folder},method=queries,keep=0.25", **fields)
   assert config.loss.distill_logits
   with pytest.warns(UserWarning, match="has another projector: ours is drawn anew"):
     second = train(config, tmp_path)
@@ -414,7 +409,7 @@ def test_shares_of_image_tokens(talks, keep):
   model = tokred.build(recipe(talks))
   with pytest.raises(ValueError, match=rf"keep='{keep}'; valid: shares of the image tokens, above 0 up to 1"):
     vlm_methods.reductions(model, ["random"], [keep])
-  with pytest.raises(ValueError, match="no keep is given; valid: shares of the image tokens, such as --keep=1.0,0.25"):
+  with pytest.raises(ValueError, match=r"no keep is given; valid: shares of the image tokens, such as --keep=1.0,0.25"):
     vlm_methods.reductions(model, ["random"], [])
 
 
