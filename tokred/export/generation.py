@@ -282,7 +282,11 @@ def _check(
     if platform not in PLATFORMS:
       raise ValueError(f"platforms has {platform!r}; valid: {', '.join(PLATFORMS)}")
   if len(frozen) < len(models):
-    raise ValueError(f"two models leave {_left(models[-1])} tokens of an image; valid: different counts")
+    counts = [_left(model) for model in models]
+    raise ValueError(
+      f"two models leave {max(counts, key=counts.count)} tokens of an image; valid: different counts, of which sites "
+      "of stack='llm' change none: such models are exported one at a time"
+    )
   shapes = [jax.tree.map(np.shape, model.params) for model in frozen.values()]
   if any(model.params is None for model in models) or any(other != shapes[0] for other in shapes):
     raise ValueError("models of an export must have the same parameters; valid: variants of one model")
