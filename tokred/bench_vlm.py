@@ -64,21 +64,31 @@ def measure(
     min_seconds: see `tokred.bench.interleave`.
 
   Raises:
-    ValueError: an argument out of its range, or a model without parameters.
+    ValueError: an argument out of its range, or something else than models with parameters.
   """
+  check(models)
   for field, value, least in (("text", text, 1), ("batch_size", batch_size, 1), ("new", new, 2)):
-    if value < least:
+    if not isinstance(value, int) or value < least:
       raise ValueError(f"{field}={value}; valid: {least} or more")
   calls, facts = {}, {}
   for name, model in models.items():
-    if model.params is None:
-      raise ValueError(f"model {name!r} has no parameters: call model.init(), or get it from tokred.load")
     model = freeze(model)
     functions, facts[name] = _functions(model, text, batch_size, new, seed)
     calls |= {f"{name}/{kind}": function for kind, function in functions.items()}
   times = interleave(calls, rounds=rounds, min_seconds=min_seconds)
   base = next(iter(models))
   return [_row(name, base, times, facts, models[name], text, batch_size, new) for name in models]
+
+
+def check(models: Any) -> None:
+  """Raises ValueError for what are no vision-language models with parameters, by name."""
+  if not isinstance(models, Mapping) or not models:
+    raise ValueError(f"models are a {type(models).__name__}, or none; valid: a dict of one model or more, by name")
+  for name, model in models.items():
+    if not isinstance(model, Reader):
+      raise ValueError(f"model {name!r} is a {type(model).__name__}; valid: a vision-language model, of tokred.load")
+    if model.params is None:
+      raise ValueError(f"model {name!r} has no parameters: call model.init(), or get it from tokred.load")
 
 
 def _functions(

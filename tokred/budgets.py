@@ -26,14 +26,13 @@ def judge(
     `times` also first_ms, prefill_ms, decode_ms, speedup, promised and cache_bytes of `tokred.bench_vlm.measure`.
 
   Raises:
-    ValueError: no examples, a batch size below 1, or a model without parameters.
+    ValueError: no examples, a batch size below 1, or something else than models with parameters.
   """
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size={batch_size}; valid: 1 or more, or None for config.eval.batch_size")
+  bench_vlm.check(models)
   out = {}
   for name, model in models.items():
-    if model.params is None:
-      raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
     out[name] = _answers(model, split or model.config.data.eval_split, batch_size or model.config.eval.batch_size)
     out[name] |= dict(gmacs=model.macs / 1e9, gflops=model.flops / 1e9, image_tokens=model.module.left())
   if times:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from tokred import bench_vlm, cost
+from tokred import bench_vlm, budgets, cost
 from tokred.model import build
 
 CONFIG = dict(
@@ -30,11 +30,19 @@ def test_table():
 def test_refusals():
   for message, fields in {
     "text=0; valid: 1 or more": dict(text=0), "batch_size=0; valid: 1 or more": dict(batch_size=0),
-    "new=1; valid: 2 or more": dict(new=1),
+    "new=1; valid: 2 or more": dict(new=1), "text=1.5; valid: 1": dict(text=1.5),
     "model 'a' has no parameters: call model.init": {},
   }.items():  # fmt: skip
     with pytest.raises(ValueError, match=message):
-      bench_vlm.measure({"a": build(CONFIG)}, **fields)
+      bench_vlm.measure({"a": dataclasses.replace(build(CONFIG), params={} if fields else None)}, **fields)
+  for message, models in {
+    "models are a dict, or none; valid: a dict of one model": {},
+    "models are a list": [build(CONFIG)],
+    "model 'a' is a Model; valid: a vision-language model": {"a": build(dict(model=dict(variant="mu/4")))},
+  }.items():
+    for function in (bench_vlm.measure, budgets.judge):
+      with pytest.raises(ValueError, match=message):
+        function(models)
   with pytest.raises(SystemExit, match=r"tokred.bench_vlm: .*nowhere"):
     bench_vlm.main(["--model=nowhere"])
 
