@@ -128,7 +128,7 @@ def default() -> ConfigDict:
       system="",  # said before the first question
       prompt="{question}",  # what stands before an answer, such as "USER: {question} ASSISTANT:"
       max_length=256,  # ids of a row, placeholders among them
-      images=1,  # room for images in a row
+      images=1,  # room for images of a conversation
       pack=False,  # training: several conversations share a row, each with its own positions
       share=False,  # training: those about the same image share it in a row, and do not see one another
       too_long="error",  # error, skip: a conversation of more ids

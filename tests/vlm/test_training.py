@@ -243,7 +243,7 @@ def test_accumulation_is_the_mean_over_the_batch(talks):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), run(1), run(4))
 
 
-@pytest.mark.parametrize("fields, rows", [(dict(text__images=2), 4), (dict(text__max_length=30, text__pack=False), 1)])
+@pytest.mark.parametrize("fields, rows", [(dict(), 4), (dict(text__max_length=30, text__pack=False), 1)])
 def test_epochs_count_rows(talks, tmp_path, monkeypatch, fields, rows):
   """Two of the eight conversations share a row, the one without an image goes with the seventh; or it alone fits."""
 

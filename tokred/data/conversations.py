@@ -65,7 +65,7 @@ def conversation_batches(
     train: endless and shuffled, or once.
     process_index: of this process.
     process_count: processes that share each global batch.
-    images: R, room for images in a row.
+    images: R, room for images of a conversation, and in a row; a packed row has as many as the fullest.
     pack: several conversations share a row, and a batch has segment and position.
     share: those about the same image share it: a row has one image, segment SHARED, and as many conversations behind it
       as fit, each with the positions that it has alone.  Not together with `pack`.
@@ -92,8 +92,9 @@ def conversation_batches(
   rows = [[index] for index in range(len(corpus))]
   if pack:
     order = np.random.default_rng((seed, 1)).permutation(len(corpus)) if train else np.arange(len(corpus))
-    chosen = packing.first_fit(np.diff(corpus.starts)[order], corpus.counts[order], max_length, images)
+    chosen = packing.first_fit(np.diff(corpus.starts)[order], corpus.counts[order], max_length, max_length)
     rows = [order[row].tolist() for row in chosen]
+    images = max(int(corpus.counts[row].sum()) for row in rows)
   if share:
     if pack:
       raise ValueError("config.text.share=True and config.text.pack=True; valid: one of them")
