@@ -22,7 +22,8 @@ def judge(
   Returns:
     By name: accuracy (exact match of what greedy decoding writes with what the data set says, 0 to 1), vqa_accuracy
     (the same after normalisation, see `tokred.vqa`), choice_accuracy (which of the data set's answers is the likeliest;
-    where it has a list of them), caption_loss (nats per id of an answer), examples, image_tokens, gmacs, gflops; with
+    where it has a list of them), caption_loss (nats per id of an answer), examples, image_tokens (given to the
+    language model, whose own sites may take more), gmacs, gflops; with
     `times` also first_ms, prefill_ms, decode_ms, speedup, promised and cache_bytes of `tokred.bench_vlm.measure`.
 
   Raises:
