@@ -64,6 +64,7 @@ def test_what_is_shipped_writes_as_the_model(folder):
   whole = found.write(**p)
   assert whole.shape == (2, 5) and found.card["counts"] == [8]
   assert WordTokenizer.read(folder / "words.json").words[-2:] == ("what", "colour")
+  assert repr(found) == "Generation(image tokens: [8] of 16, prompts of 24 ids)"  # no weights
   alone = found.write(p["ids"][1:], p["images"][1:], max_new_tokens=3)
   np.testing.assert_array_equal(alone, whole[1:, :3])
   stop = int(whole[0, 1])
@@ -158,6 +159,13 @@ def test_bad_exports(folder, tmp_path):
     save_generation(model(), tmp_path / "new", **SIZES | dict(batch_size=0))
   with pytest.raises(ValueError, match=r"two models leave 8 tokens of an image; .*stack='llm' change none"):
     save_generation([model(), model(), model(4)], tmp_path / "new", **SIZES)
+  for models in ([], build(dict(model=dict(variant="mu/4"))), build(CONFIG)):
+    with pytest.raises(ValueError, match=r"models .*; valid: one or more vision-language models with parameters"):
+      save_generation(models, tmp_path / "new", **SIZES)
+  with pytest.raises(
+    ValueError, match=r"formats=\('orbax', 'stablehlo'\): .* orbax, safetensors, or .*save_generation"
+  ):
+    tokred.export.save(model(), tmp_path / "new")
   with pytest.raises(ValueError, match=r"platforms has 'gpu'; valid: cpu, cuda, rocm, tpu"):
     save_generation(model(), tmp_path / "new", **SIZES, platforms=["gpu"])
   (tmp_path / "file").write_text("mine")

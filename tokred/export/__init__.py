@@ -49,7 +49,7 @@ from tokred.export.folder import (
 )
 from tokred.export.functions import PLATFORMS, here
 from tokred.export.runtime import Exported, Scores, load_exported, load_onnx, load_stablehlo
-from tokred.model import Model, build, freeze
+from tokred.model import Model, Reader, build, freeze
 from tokred.pretrained.arrays import read_safetensors
 
 __all__ = [
@@ -120,6 +120,11 @@ def save(
   source = trained.config
   if model.params is None:
     raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
+  if isinstance(model, Reader) and {"stablehlo", "onnx"} & set(formats):
+    raise ValueError(
+      f"formats={tuple(formats)}: a vision-language model is no one function of images; valid: orbax, safetensors, or "
+      "tokred.export.generation.save_generation"
+    )
   if preprocess and not model.config.model.num_classes:
     raise ValueError("preprocess=True gives probabilities, but config.model.num_classes=0: the model has no head")
   stored = functions.in_dtype(model, dtype) if dtype else model

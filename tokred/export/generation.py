@@ -35,7 +35,7 @@ from tokred.config import complete
 from tokred.export.folder import LANGUAGE_CARD as CARD
 from tokred.export.folder import WEIGHTS, ExportError, check_replaceable, in_fresh_process, replacing
 from tokred.export.functions import PLATFORMS, check_platform, here
-from tokred.model import Reader, build, freeze
+from tokred.model import Model, Reader, build, freeze
 from tokred.tokens import Tokens
 
 PARTS = ("encoder", "prefill", "decode")
@@ -74,7 +74,9 @@ def save_generation(
     ValueError: an argument out of its range, models that do not go together, or a directory that holds something else.
     ExportError: the directory cannot be written, or its functions write other tokens than the model.
   """
-  models = [models] if isinstance(models, Reader) else list(models)
+  models = [models] if isinstance(models, Model) else list(models)
+  if not models or any(not isinstance(model, Reader) or model.params is None for model in models):
+    raise ValueError(f"models {models}; valid: one or more vision-language models with parameters")
   frozen = {_left(model): model for model in map(_frozen, models)}
   _check(models, frozen, directory, prompt_length, max_new_tokens, images, batch_size, platforms)
   first = next(iter(frozen.values()))
@@ -106,7 +108,7 @@ def save_generation(
   return card
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Generation:
   """What a folder holds, ready to run; `tokred.predict.answer` asks it in words."""
 
@@ -114,6 +116,10 @@ class Generation:
   config: ConfigDict  # of the model that was exported; `config.text.tokenizer` is the folder's where that has one
   weights: dict[str, jax.Array]
   functions: dict[int, dict[str, Callable[..., Any]]]  # by image tokens
+
+  def __repr__(self) -> str:
+    c = self.card
+    return f"Generation(image tokens: {c['counts']} of {c['patches']}, prompts of {c['prompt_length']} ids)"
 
   def write(
     self, ids: Any, images: Any, mask: Any = None, *, count: int = 0, max_new_tokens: int = 0, stop: Sequence[int] = ()
@@ -288,7 +294,7 @@ def _check(
       "of stack='llm' change none: such models are exported one at a time"
     )
   shapes = [jax.tree.map(np.shape, model.params) for model in frozen.values()]
-  if any(model.params is None for model in models) or any(other != shapes[0] for other in shapes):
+  if any(other != shapes[0] for other in shapes):
     raise ValueError("models of an export must have the same parameters; valid: variants of one model")
   s = next(iter(frozen.values())).module.tower.shape
   least = images * s.grid[0] * s.grid[1] + 1
