@@ -97,7 +97,8 @@ def answer(model: Reader | Generation, question: str, images: Sequence[str | os.
   """What a vision-language model says to a question about images.
 
   The prompt is written as the model has learned: with `config.text.prompt` and `system`, in the ids of
-  `config.text.tokenizer`.
+  `config.text.tokenizer`.  A LLaVA directory tells no prompt: there the question brings what stands around it, such as
+  "USER: <image>\\nWhat is it? ASSISTANT:".
 
   Args:
     model: with parameters, or an export of one, as `tokred.export.generation.open_generation` gives it.
