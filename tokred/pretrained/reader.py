@@ -1,7 +1,6 @@
 """LLaVA's directories as configs and parameters, so that they load, train and are judged like every other model."""
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,6 @@ class ReaderSource:
     llm |= dict(rope_theta=rope.theta, rope_type=rope.kind, rope_scale=scale)
     data = preprocessing(Path(self.path), size, CLIP if f.family.startswith("clip") else HALF)
     text = dict(tokenizer=self.path) if any(Path(self.path).glob("tokenizer*")) else {}
-    if not text:
-      warnings.warn(
-        f"{self.path} has no tokenizer's files: words of the training split get ids that its embeddings do not mean; "
-        "copy the files there, or set config.text.tokenizer",
-        stacklevel=3,
-      )
     seen = dict(f.config()) | dict(name="vlm") | dict(model)
     return dict(model=seen, llm=llm, projector=dict(name="mlp"), data=data, text=text)
 

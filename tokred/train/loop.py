@@ -63,6 +63,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
   if config.init and words.exists() and not config.text.tokenizer:
     with config.unlocked():  # ids mean what they meant where the weights come from
       config.text.tokenizer = str(words)
+  if config.init and config.model.name == "vlm" and not config.text.tokenizer:
+    warnings.warn(f"{config.init} has no tokenizer: words of the training split get ids of their own", stacklevel=2)
   check(config)
   build(config)  # mistakes in the model and its sites are told before data are read
   mesh = sharding.make_mesh(config.mesh)
