@@ -67,6 +67,10 @@ def pytest_collection_modifyitems(items):
       item.add_marker(pytest.mark.slow)
 
 
+def pytest_collection_finish():
+  gc.freeze()  # what tests import stays: no collection need look through it
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_go():
   """A worker compiles thousands of programs, which fill gigabytes, and XLA crashed among them."""
