@@ -354,6 +354,7 @@ def test_no_room_for_the_checkpoint(tmp_path, monkeypatch):
 def test_full_disk(cached_environment, tmp_path):
   """No file may grow beyond 100 kB: the state of this model is larger."""
   arguments = ["--config=configs/digits.py:runlocal", f"--workdir={tmp_path}", "--config.train.checkpoint_every=1"]
+  arguments.append("--config.model.depth=1")  # 50,000 numbers of four bytes, and twice as many of the optimiser
   environment = {name: value for name, value in cached_environment.items() if "CACHE" not in name}
   code, err = command(arguments, environment, before="ulimit -f 200; exec")  # blocks of 512 bytes
   # Writes that other threads had begun may complain too, asyncio in the log as well, but our last word is this.
