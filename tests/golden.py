@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from jax.interpreters import partial_eval
 
 from tokred import config as defaults
 from tokred import pretrained
@@ -34,6 +35,18 @@ def quick():
   except jax.errors.JaxRuntimeError:
     return options
   return older
+
+
+def drawn(make, streams):
+  """What `make(streams)` draws, such as the parameters of a module, without the forward pass that finds their shapes.
+
+  Its steps are carried out one by one: what draws is a program of JAX's own, which parameters of equal shape share.
+  One program of them all holds a copy for each, and compiles for longer than what the model does with them.
+  """
+  closed, shapes = jax.make_jaxpr(make, return_shape=True)(streams)
+  steps, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+  given = [leaf for leaf, there in zip(jax.tree.leaves(streams), used, strict=True) if there]
+  return jax.tree.unflatten(jax.tree.structure(shapes), jax.core.eval_jaxpr(steps, closed.consts, *given))
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from golden import (
   backbone,
   check_forward,
   check_sources,
+  drawn,
   forward,
   model,
   needs_golden,
@@ -212,7 +213,7 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
 
 def both_modes(module):
   """What leaves block 1 and the owners, in mask and in gather mode, with random parameters."""
-  params = jax.jit(module.init, compiler_options=quick())(jax.random.key(0), IMAGES)["params"]
+  params = drawn(lambda key: module.init(key, IMAGES)["params"], jax.random.key(0))
   out = {}
   for mode in MODES:
     run = lambda p, mode=mode: module.apply({"params": p}, IMAGES, mode=mode)  # noqa: E731
@@ -244,7 +245,7 @@ def test_gates_learn_where_nothing_merges():
     merge = dict(merge=dict(reducer="mctf", layers=(1,), keep=10, pooling=pooling)) if pooling else {}
     module = vit.make(config, dict(gate=gate) | merge)
     if not grads:
-      params = jax.jit(module.init, compiler_options=quick())(jax.random.key(0), IMAGES)["params"]
+      params = drawn(functools.partial(module.init, images=IMAGES), jax.random.key(0))["params"]
     keeps = dict(merge=jnp.asarray([17])) if pooling else None
 
     def objective(params, module=module, keeps=keeps):
@@ -276,12 +277,12 @@ def test_images_that_have_fewer_tokens_already():
 def test_the_less_reduced_pass_is_of_stochastic_depth():
   """Its seed says which branches are left out; without stochastic depth only how many tokens go depends on it."""
   images, seeds = jnp.asarray(IMAGES).repeat(4, 0), [jax.random.key(seed) for seed in range(8)]
-  drawn = [int(jax.random.randint(seed, (), 0, 3)) for seed in seeds]
-  one, two = next((i, j) for i in range(8) for j in range(i) if drawn[i] == drawn[j])  # as many tokens go
+  gone = [int(jax.random.randint(seed, (), 0, 3)) for seed in seeds]
+  one, two = next((i, j) for i in range(8) for j in range(i) if gone[i] == gone[j])  # as many tokens go
   found = {}
   for rate in (0.0, 0.5):
     module = micro(dict(drop_path=rate))
-    params = jax.jit(module.init, compiler_options=quick())(jax.random.key(0), IMAGES)["params"]
+    params = drawn(functools.partial(module.init, images=IMAGES), jax.random.key(0))["params"]
     less = functools.partial(step._less_reduced, module, 2, params, images)
     less = jax.jit(lambda rng, less=less: less(rng).features, compiler_options=quick())
     found[rate] = [np.asarray(less(seeds[i])) for i in (one, two, one)]
@@ -297,7 +298,7 @@ def block_by_hand(module, mode):
     What leaves the block, by the model; the tokens that have merged; the map of all 17; functions of x: queries, keys
     and values, projection of the heads, and what comes behind attention.
   """
-  params = jax.jit(module.init, compiler_options=quick())(jax.random.key(0), IMAGES)["params"]
+  params = drawn(lambda key: module.init(key, IMAGES)["params"], jax.random.key(0))
   run = lambda params: module.apply({"params": params}, IMAGES, mode=mode)  # noqa: E731
   aux = jax.jit(run, compiler_options=quick())(params).aux
   p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["block_1"])

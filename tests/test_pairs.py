@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import quick
+from golden import drawn, quick
 
 from tokred import config as defaults
 from tokred.nn import vit
@@ -121,7 +121,7 @@ ROUND = [two for two in ROUND if two not in REFUSED and not set(two) & set(ROUND
 )
 def test_pairs_mask_as_they_gather(first, second):
   module = build(**pair(first, second))
-  params = jax.jit(lambda: module.init(RNGS, IMAGES, mode="mask"), compiler_options=quick())()["params"]
+  params = drawn(lambda rngs: module.init(rngs, IMAGES, mode="mask")["params"], RNGS)
   outputs = [
     jax.jit(lambda p, mode=mode: module.apply({"params": p}, IMAGES, mode=mode), compiler_options=quick())(params)
     for mode in ("gather", "mask")
@@ -152,7 +152,7 @@ def test_every_rate_on_every_planner(rate):
 def test_a_learned_rate_on_a_learned_score():
   # DiffRate's rate over DynamicViT's predictor: both learn from one loss.
   module = build(a=dict(reducer="gumbel", layers=(1, 2), rate="learned"))
-  params = jax.jit(lambda: module.init(RNGS, IMAGES, mode="mask"), compiler_options=quick())()["params"]
+  params = drawn(lambda rngs: module.init(rngs, IMAGES, mode="mask")["params"], RNGS)
 
   def loss(params):
     output = module.apply({"params": params}, IMAGES, mode="mask", train=True, rngs=RNGS)

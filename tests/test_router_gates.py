@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import MODES, quick, reported
+from golden import MODES, drawn, quick, reported
 
 import tokred
 from tokred import config as defaults
@@ -28,8 +28,7 @@ def small(**site):
   """A ViT with routers, its fresh parameters and images."""
   module = make(**site)
   images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
-  init = jax.jit(lambda: module.init(jax.random.key(0), images, mode="mask"), compiler_options=quick())
-  return module, init()["params"], images
+  return module, drawn(lambda key: module.init(key, images, mode="mask")["params"], jax.random.key(0)), images
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden import MODES, backbone, forward, model, needs_golden, quick, recorded, reported
+from golden import MODES, backbone, drawn, forward, model, needs_golden, quick, recorded, reported
 
 import tokred
 from tokred import config as defaults
@@ -38,7 +38,7 @@ def small(sites, **fields):
   module = vit.make(config.model, sites)
   images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
   rngs = {"params": jax.random.key(0), "reduce": jax.random.key(1)}
-  return module, jax.jit(lambda: module.init(rngs, images, mode="mask"))()["params"], images
+  return module, drawn(lambda rngs: module.init(rngs, images, mode="mask")["params"], rngs), images
 
 
 def test_avit_with_a_capacity_cuts_who_has_halted_most():

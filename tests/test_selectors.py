@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import quick, reported
+from golden import drawn, quick, reported
 
 import tokred
 from tokred import config as defaults
@@ -26,8 +26,7 @@ RNGS = {"params": jax.random.key(0), "reduce": jax.random.key(1), "dropout": jax
 
 def build(**made):
   module = vit.make(defaults.complete({"model": SMALL}).model, made)
-  init = jax.jit(lambda: module.init(RNGS, IMAGES, mode="mask"), compiler_options=quick())
-  return module, init()["params"]
+  return module, drawn(lambda rngs: module.init(rngs, IMAGES, mode="mask")["params"], RNGS)
 
 
 def run(module, params, keeps=None, mode="mask", **kwargs):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import MODES, quick, reported
+from golden import MODES, drawn, quick, reported
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokred import config as defaults
@@ -103,7 +103,7 @@ def model(keep, batch=6, group=3, **fields):
 def params():
   module, images = model(ROOMY)
   rngs = {"params": jax.random.key(0), "reduce": jax.random.key(1)}
-  return jax.jit(lambda: module.init(rngs, images, mode="mask"))()["params"]
+  return drawn(lambda rngs: module.init(rngs, images, mode="mask")["params"], rngs)
 
 
 def run(module, params, images, mode):

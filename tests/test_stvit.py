@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import MODES, model, quick
+from golden import MODES, drawn, model, quick
 from test_fusion import both, make, run
 from test_slots import begin
 
@@ -118,11 +118,11 @@ def test_stvit_errors(grid):
 def test_stvit_and_the_grid_that_comes_back():
   sites = dict(semantic=dict(reducer="stvit", layers=(2,), keep=17), back=dict(reducer="recover", place="output"))
   module = model("public_vit", sites)
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32)
+  params = drawn(lambda key: module.init(key, images, mode="mask"), jax.random.key(0))
   outs = {}
   for mode in MODES:
-    out, _ = jax.jit(
-      functools.partial(module.init_with_output, jax.random.key(0), mode=mode), compiler_options=quick()
-    )(jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32))
+    out = jax.jit(functools.partial(module.apply, mode=mode), compiler_options=quick())(params, images)
     outs[mode] = out.tokens
     assert out.tokens.x.shape == (2, 65, 96) and out.tokens.alive.all()
   np.testing.assert_allclose(outs["mask"].x, outs["gather"].x, atol=1e-4)
@@ -168,7 +168,7 @@ def test_stvit_around_blocks(cut):
   sites = dict(semantic=SCOPE, back=dict(reducer="stvit_recover", layers=(4,), layer_scale=0.0))
   module = model("public_vit", sites | (dict(cut=cut) if cut else {}))
   images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32)
-  params = jax.jit(lambda: module.init(jax.random.key(0), images), compiler_options=quick())()
+  params = drawn(lambda key: module.init(key, images), jax.random.key(0))
   outs = [
     jax.jit(functools.partial(module.apply, mode=mode), compiler_options=quick())(params, images) for mode in MODES
   ]
@@ -187,7 +187,7 @@ def test_stvit_recover_learns():
   module = model("public_vit", sites)
   images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32)
   rngs = {"params": jax.random.key(0), "reduce": jax.random.key(1)}
-  params = jax.jit(lambda: module.init(rngs, images, mode="mask", train=True), compiler_options=quick())()
+  params = drawn(lambda rngs: module.init(rngs, images, mode="mask", train=True), rngs)
 
   def loss(params):
     out = module.apply(params, images, mode="mask", train=True, rngs=rngs)
