@@ -120,8 +120,8 @@ def test_what_merges_by_hand():
   # pair (2, 1) goes first and then, from b's side among what is left of a, 3 joins 4.  Sizes 1, attention equal: means.
   x = jnp.asarray([[[9.0, 9.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.2, 1.0]]])
   tokens = tk.start(x, 1).replace(feats={"column_mean": jnp.full((1, 5), 0.2)})
-  plan, _ = MCTF().plan(tokens, 3, train=False)
-  out = tk.compact(tokens, plan, 3)
+  run = lambda tokens: tk.compact(tokens, MCTF().plan(tokens, 3, train=False)[0], 3)  # noqa: E731
+  out = jax.jit(run, compiler_options=quick())(tokens)
   np.testing.assert_allclose(out.x, [[[9, 9], [0.1, 1], [1, 0]]], atol=1e-6)
   np.testing.assert_array_equal(out.owner, [[0, 2, 2, 1, 1]])
 
@@ -320,7 +320,8 @@ def block_by_hand(module, mode):
   x = np.asarray(aux["tokens/0"], np.float64)
   weight = attention_map(*project(x)[:2], np.ones(x.shape[:2]))
   tokens = tk.start(jnp.asarray(x, jnp.float32), 1).replace(feats={"column_mean": jnp.asarray(weight.mean((1, 2)))})
-  merged, _ = module.sites.spots[0].module().apply({}, tokens, 12, train=False, mode="gather")
+  merge = lambda tokens: module.sites.spots[0].module().apply({}, tokens, 12, train=False, mode="gather")[0]  # noqa: E731
+  merged = jax.jit(merge, compiler_options=quick())(tokens)
   assert merged.size.max() > 1
   np.testing.assert_array_equal(aux["owner/1"], merged.owner)
   return np.asarray(aux["tokens/1"])[:, :12], merged, weight, (project, out, rest)

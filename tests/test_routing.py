@@ -132,7 +132,8 @@ def test_shares_that_images_and_layers_may_have_by_hand():
 def test_shares_of_a_model():
   module, params, images = small(dict(route=dict(reducer="dyt", layers=(1, 2), keep=0.25, hidden=4)))
   rngs = {"dropout": jax.random.key(0), "reduce": jax.random.key(1)}
-  output = module.apply({"params": params}, images, train=True, mode="mask", rngs=rngs)
+  run = lambda params: module.apply({"params": params}, images, train=True, mode="mask", rngs=rngs)  # noqa: E731
+  output = jax.jit(run, compiler_options=quick())(params)
   weights = dict(keep_ratio=1.0, dynamic=True, min_ratio=1.0, min_share=0.6)
   named = losses.reports(defaults.complete(dict(loss=weights)).loss, module, output)
   first, second = (np.asarray(share) for share in reported(output, "route", "kept_share"))

@@ -1,5 +1,7 @@
 """Selectors under every rate: gradients meet where they should, losses aim at what ships, and collapse is seen."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,21 +104,23 @@ def test_ranks_of_a_learned_rate_are_those_of_the_draw():
 
   module = Replay(parent=None)
   curve = jnp.linspace(1.0, 0.2, 9)
-  params = module.init(RNGS, tokens, 4, train=True, mode="mask", survival=curve)
+  begin = functools.partial(module.init, train=True, mode="mask", survival=curve)
+  params = jax.jit(begin, compiler_options=quick())(RNGS, tokens, 4)
 
+  @jax.jit
   def mask(survival):
     return module.apply(params, tokens, jnp.int32(4), train=True, mode="mask", survival=survival)[0]
 
   out = mask(curve)
   np.testing.assert_array_equal(out.position, [[0, 8, 7, 6, 5, 4, 3, 2, 1]] * 2)
   np.testing.assert_array_equal(out.mask, [[1] * 4 + [0] * 5] * 2)
-  np.testing.assert_allclose(jax.jacobian(lambda s: mask(s).mask[0])(curve), np.eye(9), atol=1e-6)
+  np.testing.assert_allclose(jax.jit(jax.jacobian(lambda s: mask(s).mask[0]))(curve), np.eye(9), atol=1e-6)
 
   # The gate learns as well: its chances add up to the count, so that what one token gains the others lose.
   def gate(params):
     return module.apply(params, tokens, jnp.int32(4), train=True, mode="mask", survival=curve)[0].mask
 
-  slope = jax.jacobian(gate)(params)["params"]["predictor"]["out2"]["kernel"]
+  slope = jax.jit(jax.jacobian(gate), compiler_options=quick())(params)["params"]["predictor"]["out2"]["kernel"]
   assert np.abs(slope).max() > 0
   np.testing.assert_allclose(slope.sum(1), 0, atol=1e-5)
 

@@ -70,7 +70,9 @@ def test_attention_stays_within_an_image(impl, sized):
     out = jnp.concatenate(parts, axis=2)
     return (out * weigh).sum(), out
 
-  (got, out), (want, wanted) = (jax.grad(f, argnums=(0, 1, 2), has_aux=True)(q, k, v) for f in (packed, alone))
+  (got, out), (want, wanted) = (
+    jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True), compiler_options=quick())(q, k, v) for f in (packed, alone)
+  )
   np.testing.assert_allclose(out, wanted, atol=2e-6)
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
