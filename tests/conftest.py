@@ -51,8 +51,9 @@ SLOW = (
 
 # The longest files first: a worker takes a file at a time, and the last one should not wait for a long one.
 FIRST = (
-  "test_laws", "test_kills", "test_loop", "test_golden", "test_pairs", "test_configs", "test_export", "test_routing",
-  "test_training", "test_two_processes", "test_clca", "test_stvit", "test_cli",
+  "test_laws", "test_loop", "test_mctf", "test_golden", "test_training", "test_cli", "test_sweep", "test_two_processes",
+  "test_kills", "test_pairs", "test_bad_input", "test_vit", "test_configs", "test_selectors", "test_routing",
+  "test_stvit", "test_clca",
 )  # fmt: skip
 
 
