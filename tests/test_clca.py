@@ -27,7 +27,10 @@ def test_clca(mode):
   In block 2 the 7 goes; behind it 2 and 6 join the survivors 10, 5, and 5 is what is remembered of block 2 itself.
   """
   tokens = make([[[10.0], [1.0], [3.0], [np.nan], [np.nan]]], prefix=1, alive=[[1, 1, 1, 0, 0]])
-  step = lambda module, tokens: module.apply({}, tokens, 3, train=False, mode=mode)[0]  # noqa: E731
+
+  def step(module, tokens):
+    return jax.jit(lambda t: module.apply({}, t, 3, train=False, mode=mode)[0], compiler_options=quick())(tokens)
+
   first = step(behind(0), tokens)
   np.testing.assert_allclose(first.feats[clca.STATE][0, 0], [[2.0]])
   second = step(behind(1), first.replace(x=jnp.asarray([[[10.0], [5.0], [7.0], [np.nan], [np.nan]]])))
@@ -138,7 +141,11 @@ def test_clca_carriers(mode):
   """
   options, patches = dict(place="before", at=(2,), carriers=1), jnp.asarray([[1.0], [3.0]])
   tokens = make([[[10.0], *patches.tolist()]], prefix=1)
-  step = lambda n, tokens, **v: behind(n, **options).apply(v, tokens, 9, train=False, mode=mode)[0]  # noqa: E731
+
+  def step(n, tokens, **variables):
+    run = lambda t: behind(n, **options).apply(variables, t, 9, train=False, mode=mode)[0]  # noqa: E731
+    return jax.jit(run, compiler_options=quick())(tokens)
+
   out = step(0, tokens, params=dict(carriers=jnp.full((1, 1), 0.5)))
   assert out.x[0, :, 0].tolist() == [10, 1, 3, 10.5] and out.protected[0].tolist() == [True, False, False, True]
   out = step(1, out.replace(x=jnp.asarray([[[10.0], [1.0], [3.0], [3.0]]])))

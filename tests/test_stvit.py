@@ -148,12 +148,12 @@ def test_stvit_recover_reads_the_semantic_tokens():
     owner=jnp.asarray([[0, 1, 1, 2]], jnp.int32), feats={"outer": jnp.arange(8.0).reshape(1, 4, 2)}
   )
   reducer = stvit.STViTRecover(layer_scale=0.0)
-  params = reducer.init(jax.random.key(0), tokens, 3, train=False, mode="gather")["params"]["refine"]
+  params = begin(reducer, tokens, 3)["refine"]
   attend = jax.tree.map(jnp.zeros_like, params["attn"])
   attend["value"]["kernel"], attend["out"]["kernel"] = jnp.eye(2)[:, None], jnp.eye(2)[None]
   variables = {"params": {"refine": params | {"attn": attend, "layer_scale1": jnp.ones(2)}}}
   for alive, adds in ([[True, True, True]], [0.0, 0.0]), ([[True, True, False]], [1.0, -1.0]):
-    out, _ = reducer.apply(variables, tokens.replace(mask=jnp.asarray(alive)), 3, train=False, mode="mask")
+    out, _ = run(reducer, tokens.replace(mask=jnp.asarray(alive)), 3, "mask", variables)
     want = np.arange(8.0).reshape(4, 2) + adds
     np.testing.assert_allclose(out.x[0], [[7.0, 9.0], *want[1:]], atol=1e-5)
     assert out.owner.tolist() == [[0, 1, 2, 3]] and out.protected.tolist() == [[True, False, False, False]]
