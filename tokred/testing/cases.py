@@ -243,10 +243,12 @@ class ModelCase:
     module, place = self.module, self.module.places[0]
     fields = [f.name for f in dataclasses.fields(module) if f.name not in {"parent", "name"} | PLACED]
     layers = (0,) if place in ("attn", "mlp", "after") else (1,)  # an attention follows
+    layers = (0, 1) if module.everywhere else layers
     where = dict(place=place) | ({} if place == "output" else dict(layers=layers))
-    keep = max(module.fewest(18, 2), 13)
+    told = not (module.recovers or module.training_only)  # others take no token away
+    where |= dict(keep=max(module.fewest(18, 2), 13)) if told else {}
     name = next((name for name, cls in base.REGISTRY.items() if cls is type(module)), PRIVATE)
-    return {f: getattr(module, f) for f in fields} | dict(reducer=name, keep=keep) | where
+    return {f: getattr(module, f) for f in fields} | dict(reducer=name) | where
 
   def model(self, **changes: Any) -> vit.ViT:
     """The ViT; a change to None drops the field of the site."""
