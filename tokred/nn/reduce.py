@@ -39,7 +39,8 @@ class Step(nn.Module):
       free = at_first(arrived) if spot.type.from_input else (arrived.alive & ~arrived.protected).sum(1)
       share = (keep - spot.protected) / jnp.maximum(free, 1)
       report |= {"wanted_share": jnp.minimum(share.mean(), 1.0)}
-    return tokens, report if "count" in report else report | {"count": self._count(keep, tokens, report)}
+    count = report["count"].mean() if "count" in report else self._count(keep, tokens, report)
+    return tokens, report | {"count": count}
 
   def _learned(self, reducer: nn.Module, told: Any, tokens: Tokens, mode: str) -> tuple[Any, Array, dict[str, Array]]:
     """Counts of a learned rate, its view of each rank, and what it reports."""

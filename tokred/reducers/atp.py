@@ -83,7 +83,7 @@ class ATP(Planner):
     plan = keep_top(tokens, margin, jnp.minimum(jnp.maximum(count, 1), jnp.asarray(keep)).astype(jnp.int32))
     share = jnp.where(free, gate, 0.0).sum(1) / jnp.maximum(free.sum(1), 1)
     report = {"score": margin, "share": share, "loss_count": self.weight * jnp.square(share - self.target)}
-    report["count"] = jnp.where(tokens.alive, gate, 0.0).sum(1).mean()
+    report["count"] = jnp.where(tokens.alive, gate, 0.0).sum(1)
     if train:  # nobody goes
       index = jnp.broadcast_to(jnp.arange(gate.shape[1], dtype=jnp.int32), gate.shape)
       plan = Plan(owner=jnp.where(tokens.alive, index, -1), order=index, gate=gate)

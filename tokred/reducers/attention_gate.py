@@ -52,4 +52,4 @@ class AttentionGate(Reducer):
     holds = jnp.where(prompt[:, None], holds, 1.0)
     mean = jnp.where(prompt[:, None], holds, 0.0).sum((1, 2)) / jnp.maximum(prompt.sum(1) * self.heads, 1)
     report = {"holds": holds, "share": mean, "loss_share": self.weight * jnp.abs(mean - self.share)}
-    return tokens, report | {"count": tokens.alive.sum(1).astype(jnp.float32).mean()}
+    return tokens, report | {"count": tokens.alive.sum(1).astype(jnp.float32)}

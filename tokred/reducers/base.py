@@ -65,7 +65,8 @@ class Reducer(nn.Module):
   are, where in or around it, how many tokens of the input are protected, how many it has in all, and, in a language
   model, the heads of keys and values).
 
-  A report whose name begins with "loss" (a scalar or (B,), times the reducer's own weight) is added to the loss.  What
+  A report whose name begins with "loss" (a scalar or (B,), times the reducer's own weight) is added to the loss, and
+  "count", (B,), says how many tokens each row is left with, where neither `keep` nor the mask does.  What
   it puts in `feats` under a name that begins with "state/" stays there from block to block.
   """
 
@@ -193,7 +194,7 @@ class Planner(Reducer):
       plan, report = self.plan(tokens, count.astype(jnp.int32), train=False)
       if train:  # 1 for the dead, so that a rate that took a token before goes on to learn from it
         plan = plan.replace(gate=straight_through((plan.gate > 0) | ~tokens.alive, gate))
-      return finish_rows(tokens, plan, keep.capacity, mode), taught | report | {"count": count.mean()}
+      return finish_rows(tokens, plan, keep.capacity, mode), taught | report | {"count": count}
     if isinstance(keep, Threshold):
       draws = train and self.decides  # a decision of its own, which is to learn
       plan, report = self.plan(tokens, keep.capacity, train=draws)

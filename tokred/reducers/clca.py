@@ -99,7 +99,7 @@ class CLCA(Reducer):
     if 0 <= self.block < self.flushes[-1]:  # behind the last recovery nobody would read it
       held = jnp.concatenate([held, vectors], axis=1)
       feats[STATE] = jnp.broadcast_to(held[:, None], (*tokens.mask.shape, *held.shape[1:]))
-    return tokens.replace(feats=feats), {"count": tokens.alive.sum(1).astype(jnp.float32).mean()}
+    return tokens.replace(feats=feats), {"count": tokens.alive.sum(1).astype(jnp.float32)}
 
   def begin(self, tokens: Tokens) -> Tokens:
     """The tokens of the input, and carriers."""

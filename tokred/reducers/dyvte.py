@@ -49,7 +49,7 @@ class DyVTE(Planner):
     plan = keep_top(tokens, jnp.zeros(text.shape), count)
     chance = jax.nn.softmax(logits)[:, 0]
     report = {"score": jnp.broadcast_to((logits[:, 0] - logits[:, 1])[:, None], text.shape), "exit": logits}
-    report |= {"loss_price": self.price * chance, "count": (others + stays * visual.sum(1)).mean()}
+    report |= {"loss_price": self.price * chance, "count": others + stays * visual.sum(1)}
     if train:
       kept = plan.owner >= 0
       gate = jnp.where(visual, straight_through(kept, jnp.broadcast_to(chance[:, None], kept.shape)), 1.0)

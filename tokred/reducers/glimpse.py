@@ -85,5 +85,5 @@ class Glimpse(Planner):
     plan = keep_top(tokens, score, jnp.minimum(count, jnp.asarray(keep)).astype(jnp.int32))
     kept = plan.owner >= 0
     gate = jnp.where(visual, straight_through(kept, jax.nn.sigmoid(score)), 1.0)
-    report |= {"score": score, "count": jnp.where(tokens.alive, gate, 0.0).sum(1).mean()}
+    report |= {"score": score, "count": jnp.where(tokens.alive, gate, 0.0).sum(1)}
     return plan.replace(gate=gate) if train else plan, report

@@ -151,7 +151,7 @@ class QTSplus(Planner):
     wanted = rho * total
     n = jnp.clip(jnp.ceil(jax.lax.stop_gradient(wanted)), 1, self.most).astype(jnp.int32)
     plan = keep_top(tokens, r, jnp.minimum(n + others, jnp.asarray(keep, jnp.int32)).astype(jnp.int32))
-    report = {"score": r, "share": rho, "count": (wanted + others).mean()}
+    report = {"score": r, "share": rho, "count": wanted + others}
     report["loss_budget"] = self.lambda_t * (wanted / self.most) ** 2 + self.lambda_m * wanted / self.most
     if train:
       t = soft_threshold(r, visual, wanted, self.temperature, self.newton)
