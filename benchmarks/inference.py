@@ -31,7 +31,7 @@ class First(tokred.Reducer):
   """Keeps those who stand first; in gather mode alone."""
 
   def __call__(self, tokens: Any, keep: int, *, train: bool, mode: str) -> tuple[Any, dict[str, Any]]:
-    cut = lambda leaf: leaf[:, :keep]  # noqa: E731
+    cut = lambda leaf: leaf[:, :keep]
     own = dict(x=cut(tokens.x), mask=cut(tokens.mask), size=cut(tokens.size), position=cut(tokens.position))
     return tokens.replace(**own, protected=cut(tokens.protected), feats={}), {}
 
@@ -54,7 +54,7 @@ def main() -> None:
   args = parser.parse_args()
   size = (224, 224)
   images = np.random.default_rng(0).normal(size=(args.batch_size, *size, 3)).astype(np.float32)
-  build = lambda sites: tokred.build(dict(model=dict(variant=args.variant, image_size=size), sites=sites))  # noqa: E731
+  build = lambda sites: tokred.build(dict(model=dict(variant=args.variant, image_size=size), sites=sites))
   mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1))
   params = build({}).init().params  # one copy for all: no model finds its weights pushed out of the cache by another's
   params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))

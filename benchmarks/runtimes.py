@@ -27,7 +27,7 @@ def models(args: argparse.Namespace) -> dict[str, tokred.Model]:
   if args.model:
     return {"dense": tokred.load(args.model, sites={}), "reduced": tokred.freeze(tokred.load(args.model))}
   sites = dict(rates=diffrate.site(*diffrate.SCHEDULES["deit_s_2.3g"]))
-  build = lambda sites: tokred.build(dict(model=dict(variant=args.variant), sites=sites))  # noqa: E731
+  build = lambda sites: tokred.build(dict(model=dict(variant=args.variant), sites=sites))
   params = build({}).init().params
   params["head"]["kernel"] = 0.02 * jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)  # else zero
   built = {"dense": build({}), "reduced": build(sites)}

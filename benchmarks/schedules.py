@@ -55,7 +55,7 @@ def main() -> None:
   dense = tokred.load(args.init)
   template = dict(tokens=dict(reducer=args.reducer, layers="every"))
   by_hand = dense.with_sites(schedules.at_budget(dense.config, template, args.budget))
-  images = lambda split, size: list(feed(dense.config, split, train=False, batch_size=size))  # noqa: E731
+  images = lambda split, size: list(feed(dense.config, split, train=False, batch_size=size))
   found = calibrate.greedy(by_hand, images("train[:256]", 64), args.budget)
   measure = measured(by_hand, dense, images(dense.config.data.eval_split, 500))
   module, spots = by_hand.module, by_hand.module.sites.spots

@@ -41,7 +41,7 @@ def main() -> None:
   if timm := timm_dense("S/16", images):
     calls["timm, SDPA, dense"] = timm
   times = bench.interleave(calls, rounds=args.rounds)
-  against = lambda name, base: statistics.median(  # noqa: E731
+  against = lambda name, base: statistics.median(
     b / t for t, b in zip(times[name].rounds, times[base].rounds, strict=True)
   )
   print(f"{jax.devices()[0].device_kind}, batch {args.batch_size}; {dense.macs / reduced.macs:.2f} promised")
@@ -54,9 +54,9 @@ def main() -> None:
 def weights() -> dict[str, Any]:
   """Random parameters: a kernel and a bias for each layer, a scale and a bias for each norm."""
   rng = np.random.default_rng(0)
-  dense = lambda n, m: (jnp.asarray(rng.normal(0, 0.02, (n, m)), jnp.float32), jnp.zeros(m))  # noqa: E731
-  norm = lambda: (jnp.ones(WIDTH), jnp.zeros(WIDTH))  # noqa: E731
-  block = lambda: dict(  # noqa: E731
+  dense = lambda n, m: (jnp.asarray(rng.normal(0, 0.02, (n, m)), jnp.float32), jnp.zeros(m))
+  norm = lambda: (jnp.ones(WIDTH), jnp.zeros(WIDTH))
+  block = lambda: dict(
     norm1=norm(), qkv=dense(WIDTH, 3 * WIDTH), proj=dense(WIDTH, WIDTH),
     norm2=norm(), fc1=dense(WIDTH, 4 * WIDTH), fc2=dense(4 * WIDTH, WIDTH),
   )  # fmt: skip
@@ -92,7 +92,7 @@ def merge(x: jax.Array, size: jax.Array, metric: jax.Array, r: int) -> tuple[jax
   best, match = similarity.max(-1), similarity.argmax(-1)
   order = jax.lax.top_k(best, best.shape[1])[1]
   goes, stays = order[:, :r], jnp.sort(order[:, r:], axis=1)
-  pick = lambda values, index: jnp.take_along_axis(values, index[..., None], axis=1)  # noqa: E731
+  pick = lambda values, index: jnp.take_along_axis(values, index[..., None], axis=1)
   into = jax.nn.one_hot(jnp.take_along_axis(match, goes, axis=1), metric.shape[1] // 2, axis=1, dtype=x.dtype)
   out = []
   for values in (x * size, size):

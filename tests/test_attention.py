@@ -91,7 +91,7 @@ def test_a_dead_key_that_drowns_the_living_spoils_nothing(impl, loud):
   q[..., 0], k[:, :, -1] = np.sqrt(DIM), 0.0
   k[:, :, -1, 0] = loud
   gate = f32(ALIVE)
-  run = lambda q, k, v, gate: attention.attend(q, k, v, mask=gate, impl=impl)  # noqa: E731
+  run = lambda q, k, v, gate: attention.attend(q, k, v, mask=gate, impl=impl)
   out, back = jax.vjp(run, f32(q), f32(k), f32(v), gate)
   living = np.broadcast_to(ALIVE[:, None], (B, H, N))
   if impl == "matmul" or loud < 88:  # beyond, the fused kernel has nothing left of the living

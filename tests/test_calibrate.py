@@ -52,7 +52,7 @@ def test_learned_counts_are_scaled_to_the_target():
   sites = dict(a_learned=dict(site(keep=(9, 5))["tokens"]), b_by_hand=by_hand)
   model = tokred.build(CONFIG | {"sites": sites}).init()
   dense = macs((17, 17), (17, 17))
-  at = lambda cost: schedules.at_target(model, {"a_learned"}, cost / dense + 1e-6).sites  # noqa: E731
+  at = lambda cost: schedules.at_target(model, {"a_learned"}, cost / dense + 1e-6).sites
   down = at(macs((17, 7), (7, 4)))  # f = 3/4: 6 and 3
   assert down.a_learned.keep == (7, 4) and down.b_by_hand.keep == 9
   # f = 5/8: 5 and round(2.5) = 2, where 14/25 gives 4 and 2; what that leaves of the budget is one token of the last.
@@ -289,7 +289,7 @@ def test_the_command_writes_a_model_with_its_counts(tmp_path, capsys):
   data = dict(name="digits", mean=(0.5,), std=(0.5,), train_split="train[:100]")
   model = tokred.build(CONFIG | {"sites": site(keep=1.0), "data": data, "eval": dict(batch_size=40)}).init(0)
   tokred.export.save(model, tmp_path / "there", ("orbax",))
-  ask = lambda **flags: [f"--{k}={v}" for k, v in (dict(workdir=tmp_path / "there") | flags).items()]  # noqa: E731
+  ask = lambda **flags: [f"--{k}={v}" for k, v in (dict(workdir=tmp_path / "there") | flags).items()]
   calibrate.main(ask(method="sigmoid", budget=0.7, output=tmp_path / "found", images=50))
   sizes = dict(image_size=(4, 4), channels=1, num_classes=10, batch_size=40)
   batches = list(calibrate.eval_batches(model.config.data, "train[:80]", **sizes))

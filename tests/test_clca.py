@@ -143,7 +143,7 @@ def test_clca_carriers(mode):
   tokens = make([[[10.0], *patches.tolist()]], prefix=1)
 
   def step(n, tokens, **variables):
-    run = lambda t: behind(n, **options).apply(variables, t, 9, train=False, mode=mode)[0]  # noqa: E731
+    run = lambda t: behind(n, **options).apply(variables, t, 9, train=False, mode=mode)[0]
     return jax.jit(run, compiler_options=quick())(tokens)
 
   out = step(0, tokens, params=dict(carriers=jnp.full((1, 1), 0.5)))
@@ -172,7 +172,7 @@ def test_clca_carriers_in_a_model():
   masked, out = forward(model.module, "mask")(model.params, images), model(images)
   np.testing.assert_allclose(masked.tokens.x[:, :12], out.tokens.x, atol=1e-5)
   assert out.tokens.protected.sum(1).tolist() == [6, 6]
-  loss = lambda p: jnp.square(model.module.apply({"params": p}, images).tokens.x[:, 0, 0]).sum()  # noqa: E731
+  loss = lambda p: jnp.square(model.module.apply({"params": p}, images).tokens.x[:, 0, 0]).sum()
   grads = jax.jit(jax.grad(loss), compiler_options=quick())(model.params)
   assert (grads["block_0"]["reduce"]["cache"]["clca"]["carriers"] != 0).all()
 
@@ -180,7 +180,7 @@ def test_clca_carriers_in_a_model():
 def test_clca_around_routers():
   """Behind the block in front a scope is closed; inside of it the cache would be lost, and it says so."""
   router = dict(reducer="router", layers=(1, 3), keep=9)
-  built = lambda **c: tokred.build(dict(model=DEEP, sites=dict(mod=router, cache=dict(reducer="clca", **c)))).init(0)  # noqa: E731
+  built = lambda **c: tokred.build(dict(model=DEEP, sites=dict(mod=router, cache=dict(reducer="clca", **c)))).init(0)
   model = built(layers=range(1, 5), place="before", at=(2, 3))
   assert model.counts == (17, 17, 17, 19, 20)
   with pytest.raises(ValueError, match="holds 1 vectors behind block 2, not 2"):

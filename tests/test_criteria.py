@@ -399,7 +399,7 @@ def test_ats_levels_do_not_depend_on_how_many_are_left(slots):
   tokens = tokens_of(x, cls_attention=row, value=np.full((1, slots, 1, 4), 0.5))
   index = jnp.arange(slots)[None]
   tokens = tokens.replace(protected=index < 1, mask=index < 6)
-  left = lambda keep, **options: survivors(ats.ATS(**options), tokens, keep)[0]  # noqa: E731
+  left = lambda keep, **options: survivors(ats.ATS(**options), tokens, keep)[0]
   if slots == 6:
     assert left(6) == [0, 2, 5, 3]
     # CLS and three: the first of those that were picked has no room.
@@ -413,7 +413,7 @@ def test_ats_levels_do_not_depend_on_how_many_are_left(slots):
 
 
 def test_ats_keeps_eight():
-  site = lambda **fields: dict(s=dict(reducer="ats", layers=(1,), **fields))  # noqa: E731
+  site = lambda **fields: dict(s=dict(reducer="ats", layers=(1,), **fields))
   stack = Stack(depth=4, num_tokens=17, num_protected=1)
   assert sites.parse(site(keep=0.2), stack).counts() == (17, 8, 8, 8)  # ceil(16 / 5) and CLS are 5
   with pytest.raises(ValueError, match=r"keep=7 leaves 7 of 17 tokens at layer 1, but 'ats' can go down to 8"):

@@ -119,8 +119,8 @@ def draw_count(rng, slots, layers):
   """keep or r, each in one of the forms that a site may say it in."""
   if rng.random() < 0.25:
     return dict(r=pick(rng, (1, 2, 3, (2, -1.0), tuple(int(r) for r in rng.integers(0, 4, layers)))))
-  one = lambda: int(rng.integers(3, 14)) if rng.random() < 0.3 else round(float(rng.uniform(0.2, 1.0)), 2)  # noqa: E731
-  some = lambda: tuple(one() for _ in range(layers)) if rng.random() < 0.3 else one()  # noqa: E731
+  one = lambda: int(rng.integers(3, 14)) if rng.random() < 0.3 else round(float(rng.uniform(0.2, 1.0)), 2)
+  some = lambda: tuple(one() for _ in range(layers)) if rng.random() < 0.3 else one()
   return dict(keep=some() if slots == 1 else tuple(some() for _ in range(slots)))
 
 
@@ -184,7 +184,7 @@ def check(seed, gradient=True):
 
 def check_passes(model):
   """Both modes in one compilation, of a batch and of another that shares its first image."""
-  run = lambda params, images: [model.module.apply({"params": params}, images, mode=m) for m in ("gather", "mask")]  # noqa: E731
+  run = lambda params, images: [model.module.apply({"params": params}, images, mode=m) for m in ("gather", "mask")]
   first, rng = images(model, 0), np.random.default_rng(3)
   program = jax.jit(run).lower(model.params, first).compile(compiler_options=quick())
   names, seen = {spot.reducer for spot in model.module.spots}, []

@@ -104,7 +104,7 @@ def test_what_a_card_tells_of_accuracy_and_speed_is_of_the_dtype_that_ships(mode
   monkeypatch.setattr(publish.export, "read_card", lambda _: {"verified": {"formats": {}}})
   publish.classifier(model, model.with_sites({}), str(tmp_path), ("orbax",), (1,), dtype="bfloat16")
   assert [each.config.model.dtype for each in seen] == ["bfloat16"] * 3
-  rounded = lambda leaf: np.array_equal(leaf, jnp.asarray(leaf, jnp.bfloat16))  # noqa: E731
+  rounded = lambda leaf: np.array_equal(leaf, jnp.asarray(leaf, jnp.bfloat16))
   assert all(rounded(leaf) for each in seen for leaf in jax.tree.leaves(each.params))
 
 

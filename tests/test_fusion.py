@@ -82,7 +82,7 @@ def test_pitome(name, mode):
 def test_pitome_function(case):
   arrays, settings = recorded("fn_pitome")
   given = settings["cases"][case]
-  read = lambda name: arrays[f"c{case}_{name}"]  # noqa: E731
+  read = lambda name: arrays[f"c{case}_{name}"]
   prefix = int(given["class_token"])
   reducer = pitome.PiToMe(margin=given["margin"], early=float(given["use_bsm_pitome"]))
   keep = reducer.count(given["ratio"], given["N"], prefix, given["N"] - prefix)

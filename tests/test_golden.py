@@ -311,7 +311,7 @@ def test_tome_matching():
   for i, case in enumerate(settings["cases"]):
     if "kth" in case:  # another matching, which no model of the paper uses
       continue
-    get = lambda name, i=i: arrays[f"c{i}_{name}"]  # noqa: E731
+    get = lambda name, i=i: arrays[f"c{i}_{name}"]
     module, n, prefix = tome.ToMe(), case["N"], case["class_token"] + case["distill_token"]
     tokens = tk.start(jnp.asarray(get("x")), prefix)
     tokens = tokens.replace(

@@ -225,7 +225,7 @@ class LowRanking(Norm):
 class TiesUp(Norm):
   def plan(self, tokens, keep, *, train):
     score = self.score(tokens)
-    flip = lambda a: a[:, ::-1]  # noqa: E731
+    flip = lambda a: a[:, ::-1]
     order = inverse(ranks(tokens.replace(mask=flip(tokens.mask), protected=flip(tokens.protected)), flip(score)))
     order = score.shape[1] - 1 - order
     kept = jnp.argsort(order, axis=1) < num_kept(tokens, keep)

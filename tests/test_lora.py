@@ -27,7 +27,7 @@ def test_what_is_added():
   c = config(targets=(r"block_\d+/attn/(qkv|proj)/kernel", r"patch_embed/kernel", r"block_0/mlp/fc1/kernel"))
   added = jax.eval_shape(lambda p: lora.add(p, c.lora, 0), shapes(c))
   block = added["lora"]["block_0"]
-  pair = lambda kernel: (kernel["a"].shape, kernel["b"].shape)  # noqa: E731
+  pair = lambda kernel: (kernel["a"].shape, kernel["b"].shape)
   assert pair(block["attn"]["qkv"]["kernel"]) == ((16, 2), (2, 48))  # (16, 3, 2, 8): 16 -> 3 x 2 x 8
   assert pair(block["attn"]["proj"]["kernel"]) == ((16, 2), (2, 16))  # (2, 8, 16): 2 x 8 -> 16
   assert pair(block["mlp"]["fc1"]["kernel"]) == ((16, 2), (2, 32))
@@ -40,7 +40,7 @@ def test_what_is_added():
 def test_merging_by_hand(where):
   # alpha / rank = 8 / 2 = 4; A B for qkv (D 2, 3, H 1, d 1): [[1, 0], [0, 2]] [[1, 2, 3], [4, 5, 6]] = [[1, 2, 3],
   # [8, 10, 12]], times 4; for proj (H 2, d 1, D 1): [[1, 0], [0, 2]] [[1], [3]] = [1, 6], times 4
-  array = lambda *x: where.asarray(x, where.float32)  # noqa: E731
+  array = lambda *x: where.asarray(x, where.float32)
   a = array([1, 0], [0, 2])
   params = {
     "qkv": {"kernel": where.ones((2, 3, 1, 1), where.float32), "bias": array(7)},

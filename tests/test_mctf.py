@@ -94,7 +94,7 @@ def test_training():
   keeps = dict(merge=jnp.asarray([arrays["tokens_teacher"][layer] for layer in settings["activate_layer"]], jnp.int32))
 
   def terms(params):
-    run = lambda **kwargs: student.apply({"params": params}, arrays["images"], **kwargs)  # noqa: E731
+    run = lambda **kwargs: student.apply({"params": params}, arrays["images"], **kwargs)
     output, full = run(mode="gather"), run(mode="mask", keeps=keeps)
     named = losses.terms(config, student, output, target, None, full)
     values = [*(named[name] for name in ("cross_entropy", "full_cross_entropy", "consistency"))]
@@ -120,7 +120,7 @@ def test_what_merges_by_hand():
   # pair (2, 1) goes first and then, from b's side among what is left of a, 3 joins 4.  Sizes 1, attention equal: means.
   x = jnp.asarray([[[9.0, 9.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.2, 1.0]]])
   tokens = tk.start(x, 1).replace(feats={"column_mean": jnp.full((1, 5), 0.2)})
-  run = lambda tokens: tk.compact(tokens, MCTF().plan(tokens, 3, train=False)[0], 3)  # noqa: E731
+  run = lambda tokens: tk.compact(tokens, MCTF().plan(tokens, 3, train=False)[0], 3)
   out = jax.jit(run, compiler_options=quick())(tokens)
   np.testing.assert_allclose(out.x, [[[9, 9], [0.1, 1], [1, 0]]], atol=1e-6)
   np.testing.assert_array_equal(out.owner, [[0, 2, 2, 1, 1]])
@@ -154,7 +154,7 @@ def test_order_follows_each_row():
   x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 16, 8)), jnp.float32).repeat(2, 0)
   tokens = tk.start(x).replace(feats={"column_mean": jnp.ones((2, 16))})
   tokens = tokens.replace(protected=tokens.protected.at[1, 15].set(True))
-  run = lambda t: MCTF(bidirectional=False).plan(t, 12, train=False)  # noqa: E731
+  run = lambda t: MCTF(bidirectional=False).plan(t, 12, train=False)
   plan, report = jax.jit(run, compiler_options=quick())(tokens)
   alike = np.asarray(report["similarity"])
   np.testing.assert_array_equal(plan.order[0, :4], 2 * np.argsort(-alike[0], stable=True)[4:])
@@ -184,7 +184,7 @@ def test_max_pooling_by_hand():
   # As above, 1 merges into 2 and 3 into 4 (their places 2 and 1), and each channel is the largest of two.
   x = jnp.asarray([[[9.0, 9.0], [1.0, 0.1], [1.0, 0.0], [0.0, 1.0], [0.2, 0.9]]])
   tokens = tk.start(x, 1).replace(feats={"column_mean": jnp.full((1, 5), 0.2)})
-  run = lambda t: MCTF(pooling="max").apply({}, t, 3, train=False, mode="gather")[0]  # noqa: E731
+  run = lambda t: MCTF(pooling="max").apply({}, t, 3, train=False, mode="gather")[0]
   out = jax.jit(run, compiler_options=quick())(tokens)
   np.testing.assert_array_equal(out.x, np.asarray([[[9, 9], [0.2, 1], [1, 0.1]]], np.float32))
   np.testing.assert_array_equal(out.size, [[1, 2, 2]])
@@ -216,7 +216,7 @@ def both_modes(module):
   params = drawn(lambda key: module.init(key, IMAGES)["params"], jax.random.key(0))
   out = {}
   for mode in MODES:
-    run = lambda p, mode=mode: module.apply({"params": p}, IMAGES, mode=mode)  # noqa: E731
+    run = lambda p, mode=mode: module.apply({"params": p}, IMAGES, mode=mode)
     aux = jax.jit(run, compiler_options=quick())(params).aux
     out[mode] = np.asarray(aux["tokens/1"]), np.asarray(aux["owner/1"])
   return params, out["mask"], out["gather"]
@@ -227,7 +227,7 @@ def test_where_nothing_merges_nothing_moves():
   params, (masked, _), (gathered, _) = both_modes(micro(keep=17))
   np.testing.assert_allclose(masked, gathered, atol=2e-6)
   module = micro()
-  run = lambda keeps: module.apply({"params": params}, IMAGES, mode="mask", keeps=dict(merge=keeps))  # noqa: E731
+  run = lambda keeps: module.apply({"params": params}, IMAGES, mode="mask", keeps=dict(merge=keeps))
   some = jax.jit(lambda keeps: run(keeps).aux["tokens/1"], compiler_options=quick())
   np.testing.assert_allclose(some(jnp.asarray([17])), gathered, atol=2e-6)
   by_row = some(jnp.asarray([[17, 12]]))
@@ -299,7 +299,7 @@ def block_by_hand(module, mode):
     and values, projection of the heads, and what comes behind attention.
   """
   params = drawn(lambda key: module.init(key, IMAGES)["params"], jax.random.key(0))
-  run = lambda params: module.apply({"params": params}, IMAGES, mode=mode)  # noqa: E731
+  run = lambda params: module.apply({"params": params}, IMAGES, mode=mode)
   aux = jax.jit(run, compiler_options=quick())(params).aux
   p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["block_1"])
 
@@ -320,7 +320,7 @@ def block_by_hand(module, mode):
   x = np.asarray(aux["tokens/0"], np.float64)
   weight = attention_map(*project(x)[:2], np.ones(x.shape[:2]))
   tokens = tk.start(jnp.asarray(x, jnp.float32), 1).replace(feats={"column_mean": jnp.asarray(weight.mean((1, 2)))})
-  merge = lambda tokens: module.sites.spots[0].module().apply({}, tokens, 12, train=False, mode="gather")[0]  # noqa: E731
+  merge = lambda tokens: module.sites.spots[0].module().apply({}, tokens, 12, train=False, mode="gather")[0]
   merged = jax.jit(merge, compiler_options=quick())(tokens)
   assert merged.size.max() > 1
   np.testing.assert_array_equal(aux["owner/1"], merged.owner)

@@ -19,7 +19,7 @@ def test_bridge_gives_the_same_logits_and_gradients():
   nnx.update(model, noisy)
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-  loss = lambda logits: jnp.sum(logits * jnp.arange(5.0))  # noqa: E731
+  loss = lambda logits: jnp.sum(logits * jnp.arange(5.0))
   want, want_grads = jax.jit(jax.value_and_grad(lambda p: loss(linen.apply({"params": p}, images).logits)))(params)
   got, grads = nnx.jit(nnx.value_and_grad(lambda m: loss(m(images).logits)))(model)
   np.testing.assert_allclose(got, want, rtol=1e-5)

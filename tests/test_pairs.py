@@ -51,7 +51,7 @@ RNGS = {"params": jax.random.key(0), "reduce": jax.random.key(1), "dropout": jax
 
 def traced(module, mode="gather", train=False):
   """Shapes of the output; parameters are made on the way, so that one trace does."""
-  run = lambda: module.init_with_output(RNGS, IMAGES, mode=mode, train=train)[0]  # noqa: E731
+  run = lambda: module.init_with_output(RNGS, IMAGES, mode=mode, train=train)[0]
   return jax.eval_shape(run)
 
 

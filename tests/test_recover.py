@@ -192,7 +192,7 @@ def test_second_positions(mode):
   Where all stay, nothing is added.
   """
   tokens = make([[[9.0], [0.0], [0.1], [5.0], [5.2]]], prefix=1)
-  kept = lambda out: out.x[0, :3, 0] - jnp.asarray([9.0, *LINE_KEPT])  # noqa: E731
+  kept = lambda out: out.x[0, :3, 0] - jnp.asarray([9.0, *LINE_KEPT])
   for rows, want in (([[10.0], [20.0]], [0, 10, 20]), ([[10.0]], [0, 10, 0])):
     module = DPCKNN(slots=len(rows))
     out, _ = module.apply({"params": dict(slots=jnp.asarray(rows))}, tokens, 3, train=False, mode=mode)

@@ -127,7 +127,7 @@ def test_a_new_gate_leaves_a_pretrained_model_unchanged(mode):
   assert set(router) == {"kernel"} and not np.asarray(router["kernel"]).any()
 
   def run(module):
-    call = lambda p: module.apply({"params": p}, images, train=mode == "mask", mode=mode)  # noqa: E731
+    call = lambda p: module.apply({"params": p}, images, train=mode == "mask", mode=mode)
     return jax.jit(call, compiler_options=quick())(params)
 
   routed, dense = run(module), run(module.clone(sites=type(module.sites)(module.sites.stack)))

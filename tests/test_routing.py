@@ -90,7 +90,7 @@ def test_halting_prior_as_its_authors_have_it():
 def test_dyt_dispatcher(case):
   arrays, settings = recorded("fn_dyt")
   c = settings["cases"][case]
-  get = lambda name: jnp.asarray(arrays[f"c{case}_{name}"])  # noqa: E731
+  get = lambda name: jnp.asarray(arrays[f"c{case}_{name}"])
   x, noise = get("x"), (get("g1") - get("g2"))[..., 0]
 
   def select(x, w, b):
@@ -132,7 +132,7 @@ def test_shares_that_images_and_layers_may_have_by_hand():
 def test_shares_of_a_model():
   module, params, images = small(dict(route=dict(reducer="dyt", layers=(1, 2), keep=0.25, hidden=4)))
   rngs = {"dropout": jax.random.key(0), "reduce": jax.random.key(1)}
-  run = lambda params: module.apply({"params": params}, images, train=True, mode="mask", rngs=rngs)  # noqa: E731
+  run = lambda params: module.apply({"params": params}, images, train=True, mode="mask", rngs=rngs)
   output = jax.jit(run, compiler_options=quick())(params)
   weights = dict(keep_ratio=1.0, dynamic=True, min_ratio=1.0, min_share=0.6)
   named = losses.reports(defaults.complete(dict(loss=weights)).loss, module, output)
@@ -156,7 +156,7 @@ def test_dyt_in_a_model():
   dense = module.clone(sites=type(module.sites)(module.sites.stack)).apply({"params": params}, images)
   np.testing.assert_allclose(whole.tokens.x, dense.tokens.x, atol=1e-5)
   # The dispatcher learns from those that go round, too.
-  loss = lambda p: module.apply(  # noqa: E731
+  loss = lambda p: module.apply(
     {"params": p}, images, train=True, mode="mask", rngs={"reduce": jax.random.key(3), "dropout": jax.random.key(4)}
   ).features.sum()
   grads = jax.jit(jax.grad(loss), compiler_options=quick())(params)["block_1"]["reduce"]["route"]["dyt"]
@@ -275,7 +275,7 @@ def test_a_threshold_does_not_stop_a_decision_from_learning():
 def test_learned_threshold_trains_freezes_and_ships():
   site = dict(reducer="topk", score="token_norm", layers=(1, 2), rate="learned_threshold", threshold=4.0, softness=1.0)
   module, params, images = small(dict(cut=site))
-  value = lambda p, i: p[f"block_{i}"]["reduce"]["cut"]["rate"]["value"]  # noqa: E731
+  value = lambda p, i: p[f"block_{i}"]["reduce"]["cut"]["rate"]["value"]
 
   def loss(params, target):
     output = module.apply({"params": params}, images, train=True, mode="mask", rngs={"dropout": jax.random.key(0)})

@@ -65,7 +65,7 @@ def test_a_token_that_is_gone_still_teaches_the_threshold_that_took_it():
   theta = jnp.asarray([1.5, 2.5])
   gates, slope = jax.jit(lambda t: (alive(t), jax.jacobian(alive)(t)), compiler_options=quick())(theta)
   np.testing.assert_array_equal(gates, [1, 1, 0, 0, 0])
-  bell = lambda t: -np.exp(-t) / (1 + np.exp(-t)) ** 2  # noqa: E731
+  bell = lambda t: -np.exp(-t) / (1 + np.exp(-t)) ** 2
   # The order is CLS, 3, 2, 1, 0; those that passed the first have slopes of both.
   np.testing.assert_allclose(slope[:, 0], [0, bell(1.5), 0, bell(0.5), bell(1.5)], atol=1e-6)
   np.testing.assert_allclose(slope[:, 1], [0, bell(0.5), bell(0.5), 0, 0], atol=1e-6)
@@ -243,9 +243,7 @@ def test_an_autoencoder_that_keeps_all_or_none():
 
 def test_an_autoencoder_aims_at_its_share():
   stack = Stack(3, 17, 1)
-  at = lambda **fields: sites.parse(  # noqa: E731
-    dict(cut=dict(reducer="autoencoder", place="before", layers=(1,), **fields)), stack
-  )
+  at = lambda **fields: sites.parse(dict(cut=dict(reducer="autoencoder", place="before", layers=(1,), **fields)), stack)
   assert collapsed(at(keep=0.5, share=0.95), {"counts/cut/1": 9.0, "kept/cut/1": 0.99}) == {}
   assert list(collapsed(at(keep=1.0, share=0.25), {"counts/cut/1": 17.0, "kept/cut/1": 0.99})) == ["kept/cut/1"]
 

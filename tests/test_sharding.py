@@ -26,7 +26,7 @@ def mesh_of(data, fsdp, tensor=1):
 
 def init(key):
   """Parameters named as those of the ViT: width 16, 4 heads of 4, hidden 32, 10 classes."""
-  normal = lambda i, *shape: jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731
+  normal = lambda i, *shape: jax.random.normal(jax.random.fold_in(key, i), shape)
   block = {
     "attn": {
       "qkv": {"kernel": normal(0, 16, 3, 4, 4), "bias": normal(1, 3, 4, 4)},
@@ -171,7 +171,7 @@ def test_check_batch():
 
 
 def test_init_is_sharded_and_equal_on_any_mesh():
-  make = lambda key: {"mlp": {"fc1": {"kernel": jax.random.normal(key, (16, 32))}}}  # noqa: E731
+  make = lambda key: {"mlp": {"fc1": {"kernel": jax.random.normal(key, (16, 32))}}}
   one = sharding.init_sharded(make, jax.random.key(3), mesh=mesh_of(1, 1))["mlp"]["fc1"]["kernel"]
   many = sharding.init_sharded(make, jax.random.key(3), mesh=mesh_of(2, 2, 2))["mlp"]["fc1"]["kernel"]
   np.testing.assert_array_equal(one, many)
@@ -182,7 +182,7 @@ def test_init_is_sharded_and_equal_on_any_mesh():
 
 def test_eight_devices_equal_one():
   def make(key):
-    normal = lambda i, *shape: jax.random.normal(jax.random.fold_in(key, i), shape) / 4  # noqa: E731
+    normal = lambda i, *shape: jax.random.normal(jax.random.fold_in(key, i), shape) / 4
     return {"mlp": {"fc1": {"kernel": normal(0, 16, 32)}, "fc2": {"kernel": normal(1, 32, 16)}}}
 
   def loss(params, x):  # (batch, 16)

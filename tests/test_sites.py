@@ -268,7 +268,7 @@ def test_tuple_of_reducers_acts_in_its_order_with_children_of_its_own():
 
 
 def test_where_sizes_bias_attention():
-  bias = lambda mode="mask", **sites: [parse(**sites).proportional(layer, mode) for layer in range(4)]  # noqa: E731
+  bias = lambda mode="mask", **sites: [parse(**sites).proportional(layer, mode) for layer in range(4)]
   assert bias(d=dict(reducer="tome", layers=(1,), r=2)) == [False, False, True, True]
   assert bias(d=dict(reducer="tome", layers=(1,), r=2, proportional=False)) == [False] * 4
   assert bias(s=TOPK) == [False] * 4 and bias(s=dict(TOPK, proportional=True)) == [False, False, True, True]
@@ -322,7 +322,7 @@ def test_what_can_move_while_training_may_be_traced(name):
   where = {} if base.REGISTRY[name].places[0] == "output" else dict(layers=(1,))
   spot = sites.parse(dict(s=dict(reducer=name, keep=0.5, **where)), stack).spots[0]
   case = cases.make_cases(spot.module())["prefix"]
-  keeps = lambda value: {f"s.{option}": value}  # noqa: E731
+  keeps = lambda value: {f"s.{option}": value}
 
   def run(tokens, value):
     step = reduce.Step(dataclasses.replace(spot, anneal=((option, 2.0, 1.0, 0, 9),)))
@@ -338,7 +338,7 @@ def test_what_moves_while_training_ships_where_it_ends():
   fell = vit.make(config, {"s": site | dict(anneal=(("temperature", 1, 0.5, 0, 4),))})
   images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
   params = jax.jit(fell.init)(jax.random.key(0), images)
-  run = lambda keeps: np.asarray(jax.jit(fell.apply)(params, images, keeps=keeps).features)  # noqa: E731
+  run = lambda keeps: np.asarray(jax.jit(fell.apply)(params, images, keeps=keeps).features)
   shipped, trained, before = (run(k) for k in (None, schedules.annealed(fell.spots, 4), {"s.temperature": 1.0}))
   np.testing.assert_allclose(shipped, trained, rtol=1e-5)
   assert np.abs(shipped - before).max() > 1e-3

@@ -62,8 +62,8 @@ def test_transforming_cold_is_a_partition():
 
 def slimming(arrays):
   """The authors' parameters in our trees."""
-  dense = lambda name: {"kernel": arrays[f"{name}.weight"].T, "bias": arrays[f"{name}.bias"]}  # noqa: E731
-  norm = lambda name: {"scale": arrays[f"{name}.weight"], "bias": arrays[f"{name}.bias"]}  # noqa: E731
+  dense = lambda name: {"kernel": arrays[f"{name}.weight"].T, "bias": arrays[f"{name}.bias"]}
+  norm = lambda name: {"scale": arrays[f"{name}.weight"], "bias": arrays[f"{name}.bias"]}
   slim = dict(norm=norm("tsm.weight.0"), in_proj=dense("tsm.weight.1"), scale=arrays["tsm.scale"].reshape(()))
   slim |= dict(slots=arrays["tsm.weight.3.weight"].T)  # without its bias, which cancels
   reverse = dict(norm1=norm("rtsm.norm1"), token_mlp=dense("rtsm.mlp1.fc2"), norm2=norm("rtsm.norm2"))
@@ -144,7 +144,7 @@ def test_sit_in_a_model():
   )
   module = model("public_vit", sites)
   assert module.sites.counts() == (33, 17, 17, 17, 17, 17)
-  shape = lambda **kwargs: jax.eval_shape(  # noqa: E731
+  shape = lambda **kwargs: jax.eval_shape(
     functools.partial(module.init_with_output, jax.random.key(0), **kwargs), jnp.zeros((2, 64, 64, 3))
   )[0]
   assert shape(train=True, mode="mask").aux["reduce/undo/recovered"][0].shape == (2, 64, 96)
@@ -316,7 +316,7 @@ def test_decisions_learn_through_the_slots(reducer):
   params = jax.tree.map(
     lambda a: jnp.asarray(rng.normal(size=a.shape) / max((*a.shape[:1], 4)) ** 0.5, a.dtype), shapes
   )
-  total = lambda params: (module.apply(params, images, train=True, mode="mask", rngs=RNGS).logits[:, 0]).sum()  # noqa: E731
+  total = lambda params: (module.apply(params, images, train=True, mode="mask", rngs=RNGS).logits[:, 0]).sum()
   slopes = jax.jit(jax.grad(total), compiler_options=quick())(params)["params"]
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
   assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(slopes["block_1"]["reduce"]["s_0_gumbel"]))

@@ -204,7 +204,7 @@ def test_selection_loss_teaches_the_gate(params):
     return out, logits
 
   slope = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=quick())
-  gate = lambda tree: tree["block_1"]["reduce"]["pick"]["spa"]["gate"]  # noqa: E731
+  gate = lambda tree: tree["block_1"]["reduce"]["pick"]["spa"]["gate"]
   (before, _), grads = slope(params)
   for name, leaf in gate(grads).items():
     params = jax.tree.map(lambda a: a, params)

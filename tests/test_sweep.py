@@ -94,7 +94,7 @@ def test_speed_is_taken_later_without_training_again(swept, tmp_path):
   with c.unlocked():
     c.bench.rounds = 1
   timed = sweep.run(c, tmp_path)
-  rest = lambda rows: [{k: v for k, v in row.items() if k not in (*speeds, "device")} for row in rows]  # noqa: E731
+  rest = lambda rows: [{k: v for k, v in row.items() if k not in (*speeds, "device")} for row in rows]
   assert rest(timed) == rest(untimed) and all(row["speedup"] > 0 and row["batch_size"] == 2 for row in timed)
   assert [folder] == list((tmp_path / "runs").iterdir()) and (folder / "metrics.jsonl").read_bytes() == log
   with c.unlocked():
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_size_is_refused(swept, tmp_path):
 def test_the_table():
   common = dict(gflops=0.5, share=0.6, counts="65 30", speedup=1.5, device="cpu, 2 cores")
   common |= dict(images_per_second=700.0, dense_images_per_second=600.0)  # 1.5 x 600 is what the table says
-  row = lambda method, seed, accuracy, **more: (  # noqa: E731
+  row = lambda method, seed, accuracy, **more: (
     common | dict(method=method, budget=0.6, seed=seed, accuracy=accuracy, trained=1, batch_size=8) | more
   )
   rows = [row("evit", 1, 0.97), row("dense", 0, 0.98, trained=0, budget=1.0), row("evit", 0, 0.95)]
@@ -157,7 +157,7 @@ def test_counts_are_settled_once_the_weights_are_there(swept, tmp_path, monkeypa
     c.bench.rounds = 0
     c.table["drawn"] = ConfigDict(method)
   seen, evaluate = [], sweep.tokred_evaluate.evaluate
-  record = lambda model, **options: [seen.append(model), evaluate(model, **options)][1]  # noqa: E731
+  record = lambda model, **options: [seen.append(model), evaluate(model, **options)][1]
   monkeypatch.setattr(sweep.tokred_evaluate, "evaluate", record)
   (row,) = sweep.run(c, tmp_path)
   before, after = (model.config.sites.tokens.keep for model in seen)

@@ -149,7 +149,7 @@ def test_survivors_are_a_prefix_over_chained_reductions():
 def test_garbage_in_dead_tokens_reaches_nobody():
   tokens, plan = random_case(8, dropped=1, dead=2)
   dead = ~tokens.mask
-  bad = lambda a: jnp.where(dead.reshape((B, N) + (1,) * (a.ndim - 2)), jnp.nan, a)  # noqa: E731
+  bad = lambda a: jnp.where(dead.reshape((B, N) + (1,) * (a.ndim - 2)), jnp.nan, a)
   spoilt = tokens.replace(x=bad(tokens.x), size=bad(tokens.size), feats=jax.tree.map(bad, tokens.feats))
   weight = bad(plan.weight)
   for function in (tk.fold, lambda *args: tk.compact(*args, 5)):

@@ -28,7 +28,7 @@ def images(module, batch=2):
 def params(module, seed=0):
   """Random everywhere, also where the initial value is zero."""
   rng, shapes = np.random.default_rng(seed), shapes_of(module)
-  scale = lambda s: 1 / np.sqrt(max(s.shape[0], 4))  # noqa: E731
+  scale = lambda s: 1 / np.sqrt(max(s.shape[0], 4))
   return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * scale(s), s.dtype), shapes)
 
 
@@ -139,7 +139,7 @@ def test_gates_learn_how_they_move_a_mean():
   (1 - 3) / 2, (5 - 3) / 2, (9 - 3) / 2, and 0 for CLS."""
   module = make({"s": dict(reducer="topk", score="key_norm", layers=(1,), keep=6)}, pool="avg", class_token=True)
   tokens = tk.start(jnp.asarray([7.0, 1.0, 5.0, 9.0])[None, :, None], num_prefix_tokens=1)
-  pooled = lambda gate: module._pool(tokens.replace(mask=gate), jnp.float32)[0, 0]  # noqa: E731
+  pooled = lambda gate: module._pool(tokens.replace(mask=gate), jnp.float32)[0, 0]
   gate = jnp.asarray([[1.0, 1.0, 1.0, 0.0]])
   assert pooled(gate) == 3.0
   np.testing.assert_allclose(jax.grad(pooled)(gate)[0], [0.0, -1.0, 1.0, 3.0])
@@ -149,7 +149,7 @@ def test_gates_learn_where_no_patch_is_left():
   """sum(g x) / 1 then: a finite slope, x."""
   module = make({"s": dict(reducer="topk", score="key_norm", layers=(1,), keep=6)}, pool="avg", class_token=True)
   tokens = tk.start(jnp.asarray([7.0, 1.0, 5.0])[None, :, None], num_prefix_tokens=1)
-  pooled = lambda gate: module._pool(tokens.replace(mask=gate), jnp.float32)[0, 0]  # noqa: E731
+  pooled = lambda gate: module._pool(tokens.replace(mask=gate), jnp.float32)[0, 0]
   value, slope = jax.value_and_grad(pooled)(jnp.asarray([[1.0, 0.0, 0.0]]))
   assert value == 0.0
   np.testing.assert_allclose(slope[0], [0.0, 1.0, 5.0])
@@ -200,7 +200,7 @@ def test_rope2d_by_hand():
 def test_rope2d_tells_only_how_far_apart_patches_are():
   angles = jnp.asarray(rope.rope2d((3, 4), 0, 8, 100.0))
   q, k = (jnp.asarray(np.random.default_rng(i).normal(size=(1, 1, 1, 8)), jnp.float32) for i in (0, 1))
-  dot = lambda i, j: (rope.turn(q, angles, jnp.array([[i]])) * rope.turn(k, angles, jnp.array([[j]]))).sum()  # noqa: E731
+  dot = lambda i, j: (rope.turn(q, angles, jnp.array([[i]])) * rope.turn(k, angles, jnp.array([[j]]))).sum()
   np.testing.assert_allclose(dot(0, 5), dot(6, 11), rtol=1e-4)  # one down, one to the right
   assert abs(dot(0, 5) - dot(0, 6)) > 1e-2
 
@@ -208,7 +208,7 @@ def test_rope2d_tells_only_how_far_apart_patches_are():
 @pytest.mark.parametrize("name", ["gelu_tanh", "quick_gelu", "silu", "relu"])
 def test_activations_by_hand(name):
   x = np.array([-1.5, 0.0, 0.5, 2.0])
-  sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
+  sigmoid = lambda a: 1 / (1 + np.exp(-a))
   wanted = {
     "gelu_tanh": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "quick_gelu": x * sigmoid(1.702 * x),
@@ -259,8 +259,8 @@ def test_registers_have_no_position_and_stand_behind_cls():
   module = make(num_registers=2, depth=1)
   variables = params(module)
   assert variables["params"]["pos_embed"].shape == (1, 17, 16) and variables["params"]["registers"].shape == (1, 2, 16)
-  here = lambda _, method: method == "_embed"  # noqa: E731
-  run = lambda v, x: module.apply(v, x, capture_intermediates=here)[1]["intermediates"]["_embed"][0]  # noqa: E731
+  here = lambda _, method: method == "_embed"
+  run = lambda v, x: module.apply(v, x, capture_intermediates=here)[1]["intermediates"]["_embed"][0]
   p = variables["params"]
   p["patch_embed"] = jax.tree.map(jnp.zeros_like, p["patch_embed"])
   x = jax.jit(run)(variables, images(module))

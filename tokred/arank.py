@@ -40,7 +40,7 @@ def arank(module: Any, params: Any, batches: Iterable[Mapping[str, Any]], tolera
   Returns:
     (layers,) float64.
   """
-  names = lambda layer, _: isinstance(layer, Attention)  # noqa: E731
+  names = lambda layer, _: isinstance(layer, Attention)
 
   @jax.jit
   def ranks(params: Any, batch: Any) -> Array:

@@ -144,7 +144,7 @@ def _row(
   name: str, base: str, times: Mapping[str, Timing], facts: Mapping[str, Any], model: Reader, text: int, batch: int,
   new: int,
 ) -> Row:  # fmt: skip
-  ratio = lambda kind: [  # noqa: E731
+  ratio = lambda kind: [
     b / m for b, m in zip(times[f"{base}/{kind}"].rounds, times[f"{name}/{kind}"].rounds, strict=True)
   ]
   low, middle, high = (float(q) for q in np.quantile(ratio("first"), (0.25, 0.5, 0.75)))

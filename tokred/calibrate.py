@@ -151,7 +151,7 @@ def by_threshold(model: Model, batches: Iterable[Mapping[str, Any]], budget: flo
     raise ValueError(f"scores of {kinds} have no threshold in common; valid: one site of one reducer")
   passing = _passing(model, spots[0].site, batches)
 
-  rounded = lambda means: reached(module, spots, [round(mean) for mean in means])  # noqa: E731
+  rounded = lambda means: reached(module, spots, [round(mean) for mean in means])
   all_pass, lowest, _ = passing(-math.inf)
   none_pass, _, highest = passing(math.inf)
   if (least := share(module, spots, rounded(none_pass))) > budget:
@@ -159,7 +159,7 @@ def by_threshold(model: Model, batches: Iterable[Mapping[str, Any]], budget: flo
   if share(module, spots, rounded(all_pass)) <= budget:
     return with_keeps(model, spots, rounded(all_pass))
   none = float(np.nextafter(np.float32(highest), np.float32(np.inf)))
-  curve = lambda height: rounded(passing(-height)[0])  # noqa: E731
+  curve = lambda height: rounded(passing(-height)[0])
   return with_keeps(model, spots, largest(curve, -none, -lowest, module, spots, budget, halvings))
 
 
@@ -236,7 +236,7 @@ def _passing(
   def look(params: Any, image: Any, t: Any) -> Any:
     keeps = {site: (Threshold(t, module.shape.num_tokens),) * len(module.sites.spots)}
     aux = module.apply({"params": params}, image, mode="mask", keeps=keeps).aux
-    every = lambda name: jnp.stack([aux[f"reduce/{site}/{name}"][spot.index] for spot in module.sites.spots])  # noqa: E731
+    every = lambda name: jnp.stack([aux[f"reduce/{site}/{name}"][spot.index] for spot in module.sites.spots])
     score = every("score")
     known = jnp.isfinite(score)
     return every("count") * len(image), jnp.where(known, score, jnp.inf).min(), jnp.where(known, score, -jnp.inf).max()

@@ -59,7 +59,7 @@ def of_site(name: str, site: Mapping[str, Any], stack: Stack) -> list[dict[str, 
   out = []
   for where, layer in enumerate(layers):
     for slot, (reducer, cls) in enumerate(zip(names, classes, strict=True)):
-      values = lambda key: _values(field, site, slot, len(names), where, len(layers), key)  # noqa: B023, E731
+      values = lambda key: _values(field, site, slot, len(names), where, len(layers), key)  # noqa: B023
       keep, removed = values("keep")
       draft = dict(common, slot=slot, layer=layer, reducer=reducer, keep=keep, r=removed)
       draft["child"] = name if len(names) == 1 else f"{name}_{slot}_{reducer}"

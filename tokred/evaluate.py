@@ -181,7 +181,7 @@ def counts_by_site(
 def leaving(module: ViT, aux: dict[str, Any]) -> tuple[Any, ...]:
   """Tokens of each image that leave each block, as its reducers reported: (B,), or a number where none came before."""
   stack = module.sites.stack
-  alive = lambda spots, n: aux[f"reduce/{spots[-1].site}/alive"][spots[-1].index]  # noqa: E731
+  alive = lambda spots, n: aux[f"reduce/{spots[-1].site}/alive"][spots[-1].index]
   return walk(stack.depth, module.sites.at, stack.num_tokens, alive).leaving
 
 

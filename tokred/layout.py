@@ -158,7 +158,7 @@ class Sites:
 
   def masked(self, layer: int, mode: str) -> bool:
     """Whether attention of this layer may meet dead tokens: in gather mode only where images keep different counts."""
-    ragged = lambda spot: spot.rate.endswith("threshold") or spot.type.ragged  # noqa: E731
+    ragged = lambda spot: spot.rate.endswith("threshold") or spot.type.ragged
     return any(mode == "mask" or ragged(spot) for spot in self._before(layer))
 
   def proportional(self, layer: int, mode: str) -> bool:

@@ -131,7 +131,7 @@ def read(path: str | os.PathLike[str], target: Any = None, model: Any = None) ->
 
 def _projected(own: dict[str, Any], target: Mapping[str, Any], path: str) -> dict[str, Any]:
   """Arrays of a VLM for one whose projector may be another: that is drawn anew then."""
-  parts = lambda names: {name for name in names if name.startswith("projector/")}  # noqa: E731
+  parts = lambda names: {name for name in names if name.startswith("projector/")}
   theirs, ours = parts(own), parts(target)
   if theirs == ours:
     return own

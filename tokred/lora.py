@@ -92,7 +92,7 @@ def frozen(names: Collection[str], config_lora: ConfigDict, may_miss: Collection
         f"config.lora.train: {regex!r} matches none of the {len(names)} parameters (all of the path must match); "
         f"valid are paths such as {', '.join(list(names)[:: max(1, len(names) // 6)][:6])}"
       )
-  trains = lambda name: name.startswith(f"{SUBTREE}/") or any(p.fullmatch(name) for p in patterns)  # noqa: E731
+  trains = lambda name: name.startswith(f"{SUBTREE}/") or any(p.fullmatch(name) for p in patterns)
   return frozenset(name for name in names if not trains(name))
 
 

@@ -187,7 +187,7 @@ def recalibration(recovered: Sequence[Array], teacher: Sequence[Array]) -> Array
     teacher: (B, P, D) for each, the patches that leave the same block of the dense teacher; they learn nothing.
   """
   pairs = zip(recovered, teacher, strict=True)
-  square = lambda r, t: jnp.square(r.astype(jnp.float32) - jax.lax.stop_gradient(t).astype(jnp.float32)).mean()  # noqa: E731
+  square = lambda r, t: jnp.square(r.astype(jnp.float32) - jax.lax.stop_gradient(t).astype(jnp.float32)).mean()
   return sum(square(r, t) for r, t in pairs) / len(recovered)
 
 
@@ -286,7 +286,7 @@ def terms(
     out["distill_tokens_kl"] = distill_tokens(output.tokens, teacher.tokens.x, kl=True)
   if config.recalibration:
     recovered, s = reported(module, output, "recovered"), module.shape
-    leaving = lambda out, layer: out.aux[f"tokens/{layer}"][:, s.num_prefix_tokens :]  # noqa: E731
+    leaving = lambda out, layer: out.aux[f"tokens/{layer}"][:, s.num_prefix_tokens :]
     taught = [leaving(teacher, spot.layer % s.depth) for spot in recovered]
     for (spot, ours), theirs in zip(recovered.items(), taught, strict=True):
       if ours.shape[1] != theirs.shape[1]:

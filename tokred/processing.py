@@ -64,7 +64,7 @@ class Processor:
 
   def _llava(self, ids: Any, images: Any, pad: int) -> dict[str, Any]:
     size = tuple(self.files.model["image_size"])
-    view = lambda a: pictures.fit(a, size, self.crop_fraction, self.resize, math.floor)  # noqa: E731
+    view = lambda a: pictures.fit(a, size, self.crop_fraction, self.resize, math.floor)
     made = [[self._normal(view(a)) for a in row] for row in images]
     patches = num_patches(self.files)
     line, mask = self._filled(ids, [[patches] * len(row) for row in images], pad)

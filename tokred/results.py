@@ -28,7 +28,7 @@ def read(path: Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   words, whole = ("method", "counts", "device", "digest"), ("seed", "trained", "batch_size", "steps")
-  kind = lambda name: str if name in words else int if name in whole else float  # noqa: E731
+  kind = lambda name: str if name in words else int if name in whole else float
   with path.open(newline="") as file:
     return [{name: kind(name)(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
@@ -79,7 +79,7 @@ def _same_clock(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
   of the row's device and batch size.
   """
   rates: dict[Any, list[float]] = {}
-  clock = lambda row: (row["device"], row["batch_size"])  # noqa: E731
+  clock = lambda row: (row["device"], row["batch_size"])
   for row in rows:
     if not math.isnan(row["dense_images_per_second"]):
       rates.setdefault(clock(row), []).append(row["dense_images_per_second"])

@@ -107,7 +107,7 @@ def at_target(model: Model, sites: Collection[str], target: float, unit: str = "
   """
   module = model.module
   spots = [spot for spot in module.sites.spots if spot.site in sites]
-  scaled = lambda f: reached(module, spots, [s.protected + round(f * (s.keep - s.protected)) for s in spots])  # noqa: E731
+  scaled = lambda f: reached(module, spots, [s.protected + round(f * (s.keep - s.protected)) for s in spots])
   if (least := share(module, spots, scaled(0.0), unit)) > target:
     raise ValueError(f"sites {', '.join(sites)} cannot go down to {target:g} in unit {unit!r}, only to {least:.4g}")
   high = float(module.shape.num_tokens)  # who keeps one token keeps all

@@ -66,7 +66,7 @@ def attention_from(tokens: Tokens, rows: Array, columns: Array) -> Array:
     rows: (B, N) bool, whose attention counts.
     columns: (B, N) bool, among whom it is shared out.
   """
-  clean = lambda a: jnp.where(tokens.alive[..., None, None], jax.lax.stop_gradient(a), 0).astype(jnp.float32)  # noqa: E731
+  clean = lambda a: jnp.where(tokens.alive[..., None, None], jax.lax.stop_gradient(a), 0).astype(jnp.float32)
   q, k = clean(tokens.feats["query"]), clean(tokens.feats["key"])
   batch, n, heads, dim = q.shape
   q = q.reshape(batch, n, k.shape[2], heads // k.shape[2], dim)
@@ -176,7 +176,7 @@ def flow(cls: Array, semantic: Array, value: Array) -> Array:
     semantic: (B, N).
     value: (B, N, d), the mean over heads.
   """
-  share = lambda a: a / jnp.maximum(a.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)  # noqa: E731
+  share = lambda a: a / jnp.maximum(a.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
   return (share(cls) + share(semantic)) * jnp.abs(value).sum(-1)
 
 

@@ -124,7 +124,7 @@ def _check_scopes(sites: Sites) -> None:
 
 def _check_made_anew(sites: Sites) -> None:
   """Tokens that `recover` has made have no features before attention has seen them."""
-  gap = lambda s: {"before": s.layer, "around": s.layer, "after": s.layer + 1, "output": sites.stack.depth}.get(s.place)  # noqa: E731
+  gap = lambda s: {"before": s.layer, "around": s.layer, "after": s.layer + 1, "output": sites.stack.depth}.get(s.place)
   for index, made in enumerate(sites.spots):
     for spot in sites.spots[index + 1 :] if made.reducer == "recover" else ():
       if gap(spot) == gap(made) and (needs := spot.module(parent=None).needed()):

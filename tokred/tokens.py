@@ -346,7 +346,7 @@ def pack(tokens: Tokens, goes: Array, slots: int, group: int) -> Tokens:
     which of the row's images a slot belongs to, -1 for none: attention has to stay within it.
   """
   batch, n = goes.shape
-  row = lambda leaf: leaf.reshape(batch // group, group * n, *leaf.shape[2:])  # noqa: E731
+  row = lambda leaf: leaf.reshape(batch // group, group * n, *leaf.shape[2:])
   clean = _silence(tokens.replace(mask=tokens.alive))
   place = rank((~row(goes)).astype(jnp.int32))
   order = inverse(place)[:, :slots]

@@ -123,7 +123,7 @@ def test_random_crops_are_of_the_whole_image(tmp_path):
   Image.fromarray(np.repeat(np.uint8([[255, 0, 0, 0]]), 8, axis=1).repeat(8, axis=0)).save(tmp_path / "broad.png")
   for split in ("train", "test"):
     (tmp_path / f"{split}.jsonl").write_text(json.dumps(talk(("<image>\nWhat?", "Red."), image="broad.png")))
-  make = lambda split, **k: batches(tmp_path, split, dict(random_resized_crop=0.2), batch_size=16, images=1, **k)  # noqa: E731
+  make = lambda split, **k: batches(tmp_path, split, dict(random_resized_crop=0.2), batch_size=16, images=1, **k)
   assert next(iter(make("test")))["image"][0].max() == -1
   with contextlib.closing(make("train", train=True)) as loader:
     assert next(loader)["image"].max() == 1
@@ -208,7 +208,7 @@ def test_sharing_an_image_that_stands_late(folder, tmp_path):
 
 def test_training_is_a_function_of_the_number(folder):
   fields = dict(pad_crop=2)
-  make = lambda **k: batches(folder, train=True, fields=fields, **k)  # noqa: E731
+  make = lambda **k: batches(folder, train=True, fields=fields, **k)
   one, other = make(), make()
   first = [next(one) for _ in range(5)]
   for batch in first:

@@ -54,7 +54,7 @@ def learned(sites, seed=1, **fields):
   """The tiny model with sites that have parameters, drawn so that they prefer some tokens to others."""
   module, rng = decoder.make(Shape(**TINY | fields), sites), np.random.default_rng(seed)
   streams = dict(params=jax.random.key(0), reduce=jax.random.key(1))
-  init = lambda: module.init(streams, jnp.zeros((1, 2), jnp.int32), mode="mask", train=True)["params"]  # noqa: E731
+  init = lambda: module.init(streams, jnp.zeros((1, 2), jnp.int32), mode="mask", train=True)["params"]
   base = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(parameters(**fields))}
 
   def value(path, leaf):

@@ -57,7 +57,7 @@ def draw_site(rng):
   name = pick(rng, NAMES)
   cls = REGISTRY[name]
   layers = tuple(layer for layer in range(DEPTH) if rng.random() < 0.5) or (int(rng.integers(DEPTH)),)
-  share = lambda: round(float(rng.uniform(0.3, 1.0)), 2)  # noqa: E731
+  share = lambda: round(float(rng.uniform(0.3, 1.0)), 2)
   keep = tuple(share() for _ in layers) if rng.random() < 0.3 else share()
   place = pick(rng, [place for place in PLACES if place in cls.places])
   site = dict(stack="llm", reducer=name, place=place, layers=layers)

@@ -27,10 +27,10 @@ def test_what_layers_cost():
 
   (macs, n), slope = jax.value_and_grad(price, has_aux=True)(jnp.array([0.5, 0.25]))
   np.testing.assert_allclose(jnp.stack([jnp.asarray(a) for a in n]), (30, 20, 15))
-  layer = lambda n: 2 * n * 32 * 48 + 2 * n * n * 32 + 3 * n * 32 * 48  # noqa: E731
+  layer = lambda n: 2 * n * 32 * 48 + 2 * n * n * 32 + 3 * n * 32 * 48
   np.testing.assert_allclose(float(macs), 32 * 50 + layer(30) + layer(20) + layer(15))
   assert (np.asarray(slope) > 0).all()
-  one = lambda n: 2 * 32 * 48 + 2 * n * 32 + 3 * 32 * 48  # noqa: E731
+  one = lambda n: 2 * 32 * 48 + 2 * n * 32 + 3 * 32 * 48
   np.testing.assert_allclose(cost.writing(shape, n), 32 * 50 + one(30) + one(20) + one(15))
   np.testing.assert_allclose(cost.cache_bytes(shape, n), 2 * 2 * 16 * 65)
   text = budget.lengths(sites, shape, 10.0, 20.0)
@@ -45,7 +45,7 @@ def test_what_reducers_cost_themselves_and_text_that_goes_round():
   DyVTE's exit in front of layer 1, hidden 16: 2 32 16, whoever arrives; with 6 of 20 left, 16 in layers 1 and 2.
   """
   shape = Shape(**TINY)
-  of = lambda **site: tiny(dict(a=dict(stack="llm") | site))[0].sites  # noqa: E731
+  of = lambda **site: tiny(dict(a=dict(stack="llm") | site))[0].sites
   mod = budget.lengths(of(reducer="gamma_mod", layers=(0, 2), keep=0.5), shape, 10.0, 20.0)
   assert mod.attention == mod.mlp == mod.cache == (15, 30, 15) and mod.extra == 2 * 2 * 30 * 32
   exits = of(reducer="dyvte", layers=(1,), keep=0.3, hidden=16)
@@ -76,7 +76,7 @@ def price(site=None):
   protected[:, : TEXT // 2] = protected[:, -TEXT // 2 :] = True
   module = decoder.make(WIDE, {"a": dict(stack="llm", layers=(1,), place="before") | site} if site else {})
   rngs = dict(params=jax.random.key(0), reduce=jax.random.key(1))
-  init = lambda: module.init(rngs, jnp.zeros((1, 2), jnp.int32), mode="mask", train=True)["params"]  # noqa: E731
+  init = lambda: module.init(rngs, jnp.zeros((1, 2), jnp.int32), mode="mask", train=True)["params"]
   inputs = dict(protected=protected, room=1, known=budget.census(ids == 0, protected), method="prefill")
   read = jax.jit(lambda params: module.apply({"params": params}, ids, **inputs).logits, compiler_options=QUICK)
   xla = read.lower(jax.eval_shape(init)).compile().cost_analysis()["flops"]

@@ -21,10 +21,10 @@ pytestmark = needs_golden
 
 def update(golden, x, position, order, mask):
   """f of the recorded block: attention residual and MLP residual, among those that went in."""
-  norm = lambda x: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)  # noqa: E731
+  norm = lambda x: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
   h = jnp.zeros_like(x)
   if str(golden["block"]) == "attn":
-    split = lambda w: (norm(x) @ w).reshape(*x.shape[:2], 4, -1).swapaxes(1, 2)  # noqa: E731
+    split = lambda w: (norm(x) @ w).reshape(*x.shape[:2], 4, -1).swapaxes(1, 2)
     q, k, v = (split(golden[name]) for name in ("W_wq", "W_wk", "W_wv"))
     angle = Rope(1e4).angles(position, q.shape[-1])
     heads = attend(rotate(q, angle), rotate(k, angle), v, mask=mask.astype(jnp.float32), causal=order)
@@ -94,7 +94,7 @@ def qtsplus(g):
       out[name] = {"kernel": w.T.reshape(w.shape[1], n, -1), "bias": b.reshape(n, -1)}
     return out
 
-  dense = lambda at: {"kernel": g[f"P_{at}.weight"].T, "bias": g[f"P_{at}.bias"]}  # noqa: E731
+  dense = lambda at: {"kernel": g[f"P_{at}.weight"].T, "bias": g[f"P_{at}.bias"]}
   core = "reencode_layers.0.core"
   again = {"heads": attention(core, True), "ffn_norm": {"scale": g[f"P_{core}.ffn_norm.weight"]}}
   again |= {"fc1": dense(f"{core}.ffn.net.0"), "fc2": dense(f"{core}.ffn.net.2")}

@@ -28,7 +28,7 @@ def same_in_both_modes(model, images):
   """Mask and gather agree where tokens merge: in the first block, which has all that a family has."""
   config = model.config.to_dict() | {"sites": MERGE}
   module = tokred.build(config | {"model": config["model"] | {"depth": 1}}).module
-  run = lambda p, x: [module.apply({"params": p}, x, mode=mode) for mode in ("mask", "gather")]  # noqa: E731
+  run = lambda p, x: [module.apply({"params": p}, x, mode=mode) for mode in ("mask", "gather")]
   masked, gathered = jax.jit(run)(model.params, images)
   np.testing.assert_array_equal(np.asarray(masked.counts, int), gathered.counts)
   assert gathered.counts[-1] < module.shape.num_tokens
@@ -83,7 +83,7 @@ def test_full_sizes_by_shape(kind, millions, tmp_path, monkeypatch):
   """ViT-H/14, SigLIP So400m/14 at 384 and DINOv2-g: every array finds its place, none is read."""
   head = 1000 if kind == "vit" else 0
   shapes = theirs.shapes(kind, FULL[kind], head)
-  never = lambda: pytest.fail("an array was read")  # noqa: E731
+  never = lambda: pytest.fail("an array was read")
   state = {name: Lazy(shape, np.dtype(np.float32), never) for name, shape in shapes.items()}
   monkeypatch.setattr(huggingface, "open_directory", lambda directory: state)
   (tmp_path / "config.json").write_text(json.dumps(theirs.config(kind, FULL[kind], head)))

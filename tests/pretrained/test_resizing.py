@@ -100,7 +100,7 @@ def test_positions_are_resized_before_registers_are_folded(tmp_path):
 
 
 def test_what_is_added_or_resized_is_not_rounded_to_the_dtype_of_the_file(tmp_path):
-  half = lambda state: {name: a.astype(np.float16) for name, a in state.items()}  # noqa: E731
+  half = lambda state: {name: a.astype(np.float16) for name, a in state.items()}
   state = theirs.write(tmp_path, "deit", theirs.MICRO | theirs.MLP, 3, change=half)
   table = state["deit.embeddings.position_embeddings"].astype(np.float32)
   params = tokred.load(tmp_path, model=dict(image_size=(20, 8))).params

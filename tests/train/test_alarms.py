@@ -52,7 +52,7 @@ def test_a_selector_that_shall_keep_nearly_all_may():
 
 def test_selectors_of_a_global_ratio_are_judged_together():
   sites = module(reducer="dyt", layers=(0, 1, 2), keep=0.25).sites  # each 4 of 16 patches and CLS
-  at = lambda *counts: {f"counts/tokens/{layer}": count for layer, count in enumerate(counts)}  # noqa: E731
+  at = lambda *counts: {f"counts/tokens/{layer}": count for layer, count in enumerate(counts)}
   # 16 + 0 + 0 of 48 patches are what is wanted, 12, and more; with a ratio of its own the first keeps all.
   special = at(17.0, 1.0, 1.0)
   assert collapsed(sites, special | {"global_ratio": 0.01}) == {}
@@ -96,7 +96,7 @@ def test_overlap_of_a_dispatcher(train):
   model = tokred.build(config(dict(tokens=dict(reducer="dyt", layers=(1,), keep=0.5)))).init(0)
   image = jax.random.normal(jax.random.key(0), (4, 4, 4, 1))
   streams = {"reduce": jax.random.key(1), "dropout": jax.random.key(2)}
-  run = lambda params: model.module.apply({"params": params}, image, train=train, mode="mask", rngs=streams)  # noqa: E731
+  run = lambda params: model.module.apply({"params": params}, image, train=train, mode="mask", rngs=streams)
   looks = jax.jit(lambda params: overlaps(model.module, run(params))["overlap/tokens/1"])
   assert 0.5 < float(looks(model.params)) < 0.9
   blind = jax.tree.map(lambda leaf: leaf, model.params)
@@ -117,7 +117,7 @@ def test_rates_at_their_bounds():
 def test_rates_at_the_bounds_of_their_reducers():
   """ToMe leaves 9 of 17 and 5 of 9, half of the patches and CLS, however few its rate asks for."""
   sites = module(reducer="tome", layers=(0, 1, 2), rate="learned").sites
-  at = lambda *counts: {f"counts/tokens/{layer}": count for layer, count in enumerate(counts)}  # noqa: E731
+  at = lambda *counts: {f"counts/tokens/{layer}": count for layer, count in enumerate(counts)}
   first, second = collapsed(sites, at(9.0, 5.0, 3.0)).values()  # the last block may
   assert "the rate of tokens/0 is at the lower bound of 'tome', 9 of 17 tokens: config.loss.budget cannot" in first
   assert "the rate of tokens/1 is at the lower bound of 'tome', 5 of 9 tokens" in second
@@ -127,7 +127,7 @@ def test_rates_at_the_bounds_of_their_reducers():
 
 def test_learned_thresholds_at_their_bounds():
   sites = module(reducer="topk", layers=(0, 1, 2), rate="learned_threshold").sites
-  at = lambda *counts: {f"counts/tokens/{layer}": count for layer, count in enumerate(counts)}  # noqa: E731
+  at = lambda *counts: {f"counts/tokens/{layer}": count for layer, count in enumerate(counts)}
   (text,) = collapsed(sites, at(17.0, 17.0, 17.0)).values()
   assert "thresholds of tokens lie below all scores: all 17 tokens pass everywhere; try a larger config.loss.b" in text
   assert "config.sites.tokens.threshold and softness" in text

@@ -107,7 +107,7 @@ def test_learned_rates_are_frozen_and_go_on_in_gather_mode(run):
   assert frozen.train.mode == "gather" and frozen.sites.rates.keep[1] == (summary["counts"][1],)
   (prune,), (merge,) = frozen.sites.rates.keep
   more = dict(frozen.sites.rates.to_dict(), keep=((prune + 1,), (merge + 1,)))
-  share = lambda sites: build(frozen.to_dict() | {"sites": sites}).macs / build(micro.config()).macs  # noqa: E731
+  share = lambda sites: build(frozen.to_dict() | {"sites": sites}).macs / build(micro.config()).macs
   assert share(frozen.sites.to_dict()) <= 0.85 < share(dict(rates=more))  # a token more is more than was asked for
 
 

@@ -47,10 +47,10 @@ def test_qwen_sizes_by_hand():
   ],
 )
 def test_placeholders_of_crops(rows, sizes, message):
-  call = lambda **room: anyres.crop_slots(rows, sizes, 3, PINPOINTS, 16, 4, **room)  # noqa: E731
+  call = lambda **room: anyres.crop_slots(rows, sizes, 3, PINPOINTS, 16, 4, **room)
   if message is None:
     assert call(room=5).shape == (1, 5, 16)
     message = r"the images of a row have 3 crops; valid: 1 to 2"
-    call = lambda: anyres.crop_slots(rows, sizes, 3, PINPOINTS, 16, 4, room=2)  # noqa: E731
+    call = lambda: anyres.crop_slots(rows, sizes, 3, PINPOINTS, 16, 4, room=2)
   with pytest.raises(ValueError, match=message):
     call()

@@ -37,7 +37,7 @@ def sites(count):
 @functools.cache
 def model(count=8):
   params = build(CONFIG).init(0).params if count == 8 else model().params
-  larger = lambda a: a * 2 if a.ndim > 1 else a  # noqa: E731
+  larger = lambda a: a * 2 if a.ndim > 1 else a
   params = jax.tree.map(larger, params) if count == 8 else params
   return dataclasses.replace(build(CONFIG | dict(sites=sites(count))), params=params)
 
@@ -114,7 +114,7 @@ def test_questions_in_words(folder, tmp_path, monkeypatch, capsys):
   assert ids.tolist() == [[1, *[3] * 16, 5, 6, 4]] and images.shape == (1, 1, 16, 16, 3)
   said = WordTokenizer.read(folder / "words.json").decode(found.write(ids, images, stop=(2,))[0])
   assert predict.answer(found, "What colour?", [photo]) == said
-  written = lambda self, *given, stop_tokens: SimpleNamespace(tokens=found.write(*given, stop=stop_tokens))  # noqa: E731
+  written = lambda self, *given, stop_tokens: SimpleNamespace(tokens=found.write(*given, stop=stop_tokens))
   monkeypatch.setattr(Reader, "write", written)
   assert predict.answer(run, "<image> what colour?", [photo]) == said
   predict.main([f"--model={folder}", str(photo), "--question=What colour?"])

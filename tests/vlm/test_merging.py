@@ -29,7 +29,7 @@ def test_pool_cuts_any_count():
   """Six tokens in a grid of 2 x 3 to 4: two bands of 2 columns, 0 0 1; to 5: bands of 2 and 3 columns."""
   t, one = jnp.arange(6)[None], jnp.ones((1, 1), jnp.int32)
   cells = jax.jit(pool_cells, compiler_options=quick())
-  cut = lambda k: np.asarray(cells(t, 2 * one, 3 * one, k * one))[0].tolist()  # noqa: E731
+  cut = lambda k: np.asarray(cells(t, 2 * one, 3 * one, k * one))[0].tolist()
   assert cut(4) == [0, 0, 1, 2, 2, 3]
   assert cut(5) == [0, 0, 1, 2, 3, 4]
   assert cut(1) == [0] * 6 and cut(6) == list(range(6))
@@ -60,7 +60,7 @@ def test_dymu_recorded():
   g = recorded("dymu_dtome_37")
   tokens = tokens_of(g["x"], 1)
   tau = float(g["threshold"])
-  run = lambda mode: jax.jit(  # noqa: E731
+  run = lambda mode: jax.jit(
     lambda t: DyMUMerge(metric="token").apply({}, t, rates.Threshold(-tau, 25), train=False, mode=mode)[0],
     compiler_options=quick(),
   )(tokens)

@@ -108,7 +108,7 @@ def test_what_cannot_be_written_about():
   module, params = found("llava_clip_llama").make({"a": site}), parameters("llava_clip_llama")
   ids = np.array([[1, *[95] * 36, *range(2, 16)]], np.int32)
   images, slot = np.zeros((1, 1, 24, 24, 3), np.float32), placeholders.slots(ids, 95, 1, 36)
-  write = lambda **k: generate.write(module, params, **dict(ids=ids, images=images, slot=slot, max_new_tokens=4) | k)  # noqa: E731
+  write = lambda **k: generate.write(module, params, **dict(ids=ids, images=images, slot=slot, max_new_tokens=4) | k)
   for changes, message in (
     ({}, r"sites.a.keep=15 at layer 1, but a prompt has 15 tokens of text; valid: 16 or more"),
     (dict(cache_length=54), r"a prompt of 51 tokens, images counted, and max_new_tokens=4 are longer than the cache: "),

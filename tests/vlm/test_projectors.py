@@ -106,7 +106,7 @@ def test_tokenflex_by_hand():
   x = np.asarray(tokens.x[0]).reshape(2, 2, 3, 2, 8).mean((1, 3)).reshape(6, 8)
   x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
   x = x * params["norm"]["scale"] + params["norm"]["bias"]
-  dense = lambda name, x: x @ params[name]["kernel"] + params[name]["bias"]  # noqa: E731
+  dense = lambda name, x: x @ params[name]["kernel"] + params[name]["bias"]
   gate, up = dense("gate", x), dense("up", x)
   np.testing.assert_allclose(out.x[0], dense("down", gate / (1 + np.exp(-gate)) * up), atol=1e-5)
 
@@ -131,10 +131,10 @@ def test_tokenflex_draws_a_count_in_each_step():
 def test_tokenpacker_as_its_authors():
   with np.load(GOLDEN) as file:
     a = dict(file)
-  dense = lambda name: {  # noqa: E731
+  dense = lambda name: {
     "kernel": a[f"P_{name}.weight"].T, **({"bias": a[f"P_{name}.bias"]} if f"P_{name}.bias" in a else {})
   }  # fmt: skip
-  norm = lambda name: {"scale": a[f"P_{name}.weight"], "bias": a[f"P_{name}.bias"]}  # noqa: E731
+  norm = lambda name: {"scale": a[f"P_{name}.weight"], "bias": a[f"P_{name}.bias"]}
   params = {
     "query": dense("q_proj_1"), "key_1": dense("k_proj_1.0"), "key_2": dense("k_proj_1.2"),
     "value_1": dense("v_proj_1.0"), "value_2": dense("v_proj_1.2"), "norm_q": norm("ln_q_1"),

@@ -117,7 +117,7 @@ def test_text_is_that_without_a_cache(name):
   """Four greedy tokens; then all at once, in a batch and alone."""
   module, inputs, new = model(name), batch(), 4
   text = np.asarray(generate.write(module, parameters(), **inputs, max_new_tokens=new).tokens)
-  more = lambda a, b: np.concatenate([a, b], axis=1)  # noqa: E731
+  more = lambda a, b: np.concatenate([a, b], axis=1)
   following = inputs["position"].max((1, 2))[:, None, None] + 1 + np.arange(new)[None, :, None]
   longer = inputs | dict(
     ids=more(inputs["ids"], text), mask=more(inputs["mask"], text >= 0),

@@ -90,7 +90,7 @@ def test_memory_of_several_layers_in_a_tower():
   alone = vit.make(config, {f"l{i}": dict(reducer="topk", layers=(i,), keep=1.0, rate="threshold", threshold=-1.0,
                                           raster=True)
                             for i in range(3)})  # fmt: skip
-  run = lambda m: jax.jit(lambda p: m.apply({"params": p}, images), compiler_options=quick())(params)  # noqa: E731
+  run = lambda m: jax.jit(lambda p: m.apply({"params": p}, images), compiler_options=quick())(params)
   each = run(alone).aux
   mean = np.mean([np.asarray(each[f"reduce/l{i}/score"][0])[:, 1:] for i in range(3)], 0)
   kept = run(module).tokens
@@ -290,7 +290,7 @@ def test_hiprune_recorded(wrap):
 def test_hiprune_finds_neighbours():
   """A grid of 3 x 3, its anchor the last of the first row: left and below, and by number 3, the next row's first."""
   anchor = jnp.arange(9)[None] == 2
-  near = lambda wrap: np.flatnonzero(hiprune.beside(jnp.arange(9)[None], anchor, 3, wrap)[0]).tolist()  # noqa: E731
+  near = lambda wrap: np.flatnonzero(hiprune.beside(jnp.arange(9)[None], anchor, 3, wrap)[0]).tolist()
   assert near(False) == [1, 5]
   assert near(True) == [0, 1, 3, 5]  # 2 - 3 is moved to 0
 

@@ -264,8 +264,8 @@ def _encode(found: Talks, text: Writer, max_length: int, images: int, too_long: 
     raise ValueError(f"config.text.max_length={max_length}: every conversation is longer; valid: more")
   if skipped:
     logging.warning("config.text.too_long='skip': %d of %d conversations skipped", skipped, len(found))
-  ends = lambda sizes: np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)  # noqa: E731
-  array = lambda values, kind: np.array(values, kind)  # noqa: E731
+  ends = lambda sizes: np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+  array = lambda values, kind: np.array(values, kind)
   return Corpus(
     array(ids, np.int32), array(answer, bool), ends(lengths), array(pictures, np.int32), ends(counts),
     array(label, np.int32),

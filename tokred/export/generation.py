@@ -103,7 +103,7 @@ def save_generation(
       shutil.copyfile(words, temporary / run_dir.WORDS)
     files.write_manifest(temporary)
     if prompts is not None and here() in card["platforms"]:
-      write = lambda model: model.write(prompts["ids"], prompts["images"], prompts.get("mask"), max_new_tokens)  # noqa: E731
+      write = lambda model: model.write(prompts["ids"], prompts["images"], prompts.get("mask"), max_new_tokens)
       _compare(temporary, prompts, {count: np.asarray(write(model).tokens) for count, model in frozen.items()})
   return card
 
@@ -182,7 +182,7 @@ class Generation:
         f"{c['patches']} for each of {c['images']} images"
       )
     slot = np.stack([np.flatnonzero(row) for row in there]).reshape(-1, c["images"], c["patches"]).astype(np.int32)
-    fill = lambda a: np.concatenate([a, np.repeat(a[-1:], room[0] - len(a), axis=0)])  # noqa: E731
+    fill = lambda a: np.concatenate([a, np.repeat(a[-1:], room[0] - len(a), axis=0)])
     wider = ((0, 0), (0, room[1] - ids.shape[1]))
     ids, images = np.pad(ids, wider).astype(np.int32), images.astype(np.float32)
     return fill(ids), fill(np.pad(mask, wider)), fill(images), fill(slot)
@@ -202,7 +202,7 @@ def open_generation(directory: str | os.PathLike[str]) -> Generation:
   if damage := files.find_damage(directory):
     raise ExportError(f"{directory} is damaged: {damage}")
   check_platform(directory, card)
-  read = lambda path: jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)  # noqa: E731
+  read = lambda path: jax.jit(jax_export.deserialize(bytearray(path.read_bytes())).call)
   functions = {n: {name: read(directory / str(n) / f"{name}.stablehlo") for name in PARTS} for n in card["counts"]}
   config = complete(card["config"][str(card["counts"][-1])])
   if (directory / run_dir.WORDS).is_file():
@@ -222,7 +222,7 @@ def _functions(
   ids, slot = (batch, card["prompt_length"]), (batch, images, card["patches"])
   text = card["prompt_length"] - images * card["patches"]
   known, room = module.known_of(text, images, card["patches"]), card["max_new_tokens"] - 1
-  apply = lambda flat, *a, **k: module.apply({"params": traverse_util.unflatten_dict(flat, sep="/")}, *a, **k)  # noqa: E731
+  apply = lambda flat, *a, **k: module.apply({"params": traverse_util.unflatten_dict(flat, sep="/")}, *a, **k)
 
   def encoder(flat: Any, images: Any, slot: Any) -> tuple[Any, ...]:
     tokens, place, _ = apply(flat, images, slot, method="see")

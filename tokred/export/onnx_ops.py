@@ -96,14 +96,14 @@ def _scan(graph: Graph, equation: Any, inputs: Sequence[Value]) -> list[str]:
     return [graph.full(value) for value in carry]
   counter = not rows
   rows = rows or [literal(np.arange(p["length"], dtype=np.int32))]
-  named = lambda value, shape: Value(shape, value.dtype, shape, graph.name("state"))  # noqa: E731
+  named = lambda value, shape: Value(shape, value.dtype, shape, graph.name("state"))
   inner = [named(value, value.shape) for value in carry] + [named(row, row.shape[1:]) for row in rows]
   with graph.body() as nodes:
     out = evaluate(graph, p["jaxpr"], consts + (inner[:-1] if counter else inner))
     results = [graph.name("next") for _ in out]
     for value, name in zip(out, results, strict=True):
       nodes.append(helper.make_node("Identity", [graph.full(value)], [name]))
-  info = lambda value, name: helper.make_tensor_value_info(  # noqa: E731
+  info = lambda value, name: helper.make_tensor_value_info(
     name, tensor_type(value.dtype), [int(s) if is_int(s) else str(s) for s in value.shape]
   )
   outs = [info(value, name) for value, name in zip(out, results, strict=True)]

@@ -78,7 +78,7 @@ def stack(graph: Graph, equation: Any, inputs: Sequence[Value]) -> str:
 
 def unstack(graph: Graph, equation: Any, inputs: Sequence[Value]) -> list[str]:
   name, axis = graph.full(inputs[0]), int(equation.params["axis"])
-  index = lambda i: graph.constant(np.array(i, np.int64))  # noqa: E731
+  index = lambda i: graph.constant(np.array(i, np.int64))
   return [graph.node("Gather", name, index(i), axis=axis) for i in range(len(equation.outvars))]
 
 
@@ -175,10 +175,10 @@ def dot_general(graph: Graph, equation: Any, inputs: Sequence[Value]) -> str:
     for name, value in zip((left, right), inputs, strict=True)
   )
   shapes = [value.shape for value in inputs]
-  free = lambda shape, *used: [a for a in range(len(shape)) if not any(a in u for u in used)]  # noqa: E731
+  free = lambda shape, *used: [a for a in range(len(shape)) if not any(a in u for u in used)]
   left_free, right_free = free(shapes[0], left_sum, left_batch), free(shapes[1], right_sum, right_batch)
   batch = [shapes[0][axis] for axis in left_batch]
-  size = lambda shape, axes: math.prod(shape[axis] for axis in axes)  # noqa: E731
+  size = lambda shape, axes: math.prod(shape[axis] for axis in axes)
   summed = size(shapes[0], left_sum)
   left = graph.transpose(left, (*left_batch, *left_free, *left_sum))
   right = graph.transpose(right, (*right_batch, *right_sum, *right_free))

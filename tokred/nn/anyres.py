@@ -169,7 +169,7 @@ def frames(
   if room and need > room:
     raise ValueError(f"a prompt has {need} frames; valid: up to {room}")
   slot = np.full((len(ids), room or need, flat.place.shape[1]), -1, np.int32)
-  blank = lambda a, fill: np.full((len(ids), room or need, *a.shape[1:]), fill, a.dtype)  # noqa: E731
+  blank = lambda a, fill: np.full((len(ids), room or need, *a.shape[1:]), fill, a.dtype)
   images, first = Frames(*(blank(getattr(flat, f), -1 if f == "place" else 0) for f in FIELDS)), 0
   for number, row in enumerate(rows):
     for index, span in enumerate(row):

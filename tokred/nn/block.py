@@ -160,7 +160,7 @@ class Block(nn.Module):
     report: dict[str, Any] = {}
     inner = run(outer.replace(owner=index), place, report)
     aux.update(report)
-    read = lambda what: next((v for name, r in report.items() if name.endswith(what) for v in r.values()), None)  # noqa: E731
+    read = lambda what: next((v for name, r in report.items() if name.endswith(what) for v in r.values()), None)
     return inner, Scope(outer, read("/update_weight"), read("/residual"))
 
   def _attend(self, tokens: Tokens, aux: dict[str, Any], run: Any, keeps: Any, mode: str, train: bool) -> Tokens:

@@ -61,8 +61,8 @@ class Cache:
       there: (B,) bool, whether the token goes through this layer; None: it does.
     """
     at = self.slots[layer] + self.step
-    put = lambda to, a: jax.lax.dynamic_update_slice_in_dim(to, a.astype(to.dtype), at, axis=2)  # noqa: E731
-    swap = lambda all_, a: (*all_[:layer], a, *all_[layer + 1 :])  # noqa: E731
+    put = lambda to, a: jax.lax.dynamic_update_slice_in_dim(to, a.astype(to.dtype), at, axis=2)
+    swap = lambda all_, a: (*all_[:layer], a, *all_[layer + 1 :])
     cache = self.replace(k=swap(self.k, put(self.k[layer], k)), v=swap(self.v, put(self.v[layer], v)))
     if not self.there or self.there[layer] is None:
       return cache

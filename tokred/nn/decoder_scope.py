@@ -54,7 +54,7 @@ def enter(run: Callable[[Tokens], tuple[Tokens, dict[str, Any]]], outer: Tokens,
   index = jnp.broadcast_to(jnp.arange(outer.x.shape[1], dtype=jnp.int32), outer.mask.shape)
   protected = jnp.zeros_like(outer.protected) if text else outer.protected
   inner, report = run(outer.replace(owner=index, protected=protected))
-  read = lambda name: next((v for key, r in report.items() if key.endswith(name) for v in r.values()), None)  # noqa: E731
+  read = lambda name: next((v for key, r in report.items() if key.endswith(name) for v in r.values()), None)
   weight, mlp = read("/update_weight"), read("/mlp_weight")
   one = jnp.ones(outer.mask.shape, jnp.float32)
   weight = one if weight is None else jnp.where(protected, 1.0, weight)  # text goes through as ever
@@ -99,7 +99,7 @@ def gated(mix: Any, q: Array, k: Array, v: Array, gate: Array, mask: Array, orde
   """
   batch, heads, n, dim = k.shape
   gate = gate * mask[:, None]
-  flat = lambda a: a.reshape(batch * heads, -1, n, dim)  # noqa: E731
+  flat = lambda a: a.reshape(batch * heads, -1, n, dim)
   order = jnp.repeat(order, heads, axis=0)
   out = mix(flat(q), flat(k), flat(v), mask=gate.reshape(batch * heads, n), causal=order)
   return out.reshape(q.shape)

@@ -126,7 +126,7 @@ def write(
 
 def check(max_new_tokens: int, temperature: float, top_p: float, stop_tokens: Sequence[int], seed: int) -> Array:
   """The stop tokens as an array; raises ValueError where an argument of `generate` is of another kind or range."""
-  kind = lambda value: np.asarray(value).dtype.kind if np.ndim(value) == 0 else ""  # noqa: E731
+  kind = lambda value: np.asarray(value).dtype.kind if np.ndim(value) == 0 else ""
   if kind(max_new_tokens) not in ("i", "u") or max_new_tokens < 1:
     raise ValueError(f"max_new_tokens={max_new_tokens!r}; valid: 1 or more")
   if kind(temperature) not in ("f", "i", "u") or not 0 <= temperature < np.inf:

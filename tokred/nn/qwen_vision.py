@@ -149,7 +149,7 @@ def arrange(patches: Any, grid_thw: Any, shape: Shape, *, windows: int = 0, toke
     out.position[row, there] = corner[:, None] + inner
     out.place[row, which] = np.flatnonzero(there)
     first += len(own) * shape.unit
-  flat = lambda a: a.reshape(len(frames), -1, a.shape[-1])  # noqa: E731
+  flat = lambda a: a.reshape(len(frames), -1, a.shape[-1])
   return out.replace(patches=flat(out.patches), position=flat(out.position))
 
 
@@ -193,13 +193,13 @@ class Tower(nn.Module):
     feats: dict[str, Array] = {}
     for layer in range(s.depth):
       rows = (batch, length) if layer in s.full or not s.window else (batch * length // size, size)
-      part = lambda a, rows=rows: a.reshape(*rows, *a.shape[2:])  # noqa: E731
+      part = lambda a, rows=rows: a.reshape(*rows, *a.shape[2:])
       wanted = self.sites.needs(layer) if layer == s.depth - 1 else ()
       block = Block(s, dtype, self.attention, name=f"block_{layer}")
       x, feats = block(part(x), part(angle), part(alive), wanted)
       x = x.reshape(batch, length, s.width)
     x = norm(name="norm")(x).reshape(batch, -1, s.unit * s.width)
-    group = lambda a: a.reshape(batch, -1, s.unit, *a.shape[2:]).mean(2)  # noqa: E731
+    group = lambda a: a.reshape(batch, -1, s.unit, *a.shape[2:]).mean(2)
     feats = {name: group(a.reshape(batch, length, *a.shape[2:])) for name, a in feats.items()}
     return self._reduce(frames, x, feats, train, mode, options)
 

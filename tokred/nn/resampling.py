@@ -119,7 +119,7 @@ class TokenFlex(nn.Module):
     def at(count: int) -> Tokens:
       shape = shape_of(count, grid)
       out = laid_out(tokens, pool(x, there, windows(shape, grid)), shape, grid, None)
-      room = lambda a: jnp.pad(a, ((0, 0), (0, self.num_tokens - count)) + ((0, 0),) * (a.ndim - 2))  # noqa: E731
+      room = lambda a: jnp.pad(a, ((0, 0), (0, self.num_tokens - count)) + ((0, 0),) * (a.ndim - 2))
       padded = jax.tree.map(room, out.replace(owner=out.mask))
       return padded.replace(owner=out.owner)
 
@@ -144,7 +144,7 @@ def attend_windows(q: Array, k: Array, v: Array, member: Array | np.ndarray, hea
   Returns:
     (B, M, D) and the attention's mean over heads, (B, M, S) float32.  A query without a patch sees all alike.
   """
-  split = lambda a: a.reshape(*a.shape[:2], heads, -1)  # noqa: E731
+  split = lambda a: a.reshape(*a.shape[:2], heads, -1)
   q, k, v = split(q), split(k), split(v)
   logits = jnp.einsum("bmhd,bshd->bhms", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
   weight = jax.nn.softmax(jnp.where(member[:, None], logits, jnp.finfo(jnp.float32).min), axis=-1)
@@ -197,8 +197,8 @@ class TokenPacker(nn.Module):
     x, there = on_grid(tokens, tokens.x, grid)
     levels = tokens.feats.get("levels", x)
     d, dtype, shape = x.shape[-1], x.dtype, shape_of(self.num_tokens, grid, even=True)
-    dense = lambda name, **k: nn.Dense(d, dtype=dtype, name=name, **k)  # noqa: E731
-    norm = lambda name: nn.LayerNorm(epsilon=_EPS, dtype=dtype, name=name)  # noqa: E731
+    dense = lambda name, **k: nn.Dense(d, dtype=dtype, name=name, **k)
+    norm = lambda name: nn.LayerNorm(epsilon=_EPS, dtype=dtype, name=name)
     if self.text:
       if "text" in tokens.feats:
         x = x + norm("norm_text")(dense("text")(tokens.feats["text"].astype(dtype)))[:, None]
@@ -265,7 +265,7 @@ class Queries(nn.Module):
   def macs(self, n: Any, width: int) -> Any:
     """Multiply-adds for n tokens of this width."""
     q, a, d = self.num_tokens - self.anchors, self.anchors, width
-    look = lambda seen: 2 * q * d * d + 2 * seen * d * d + 2 * q * seen * d  # noqa: E731
+    look = lambda seen: 2 * q * d * d + 2 * seen * d * d + 2 * q * seen * d
     return n * d * bool(a) + bool(a) * look(a) + look(n) + self.num_tokens * self.width * (d + self.width)
 
   @nn.compact
@@ -303,8 +303,8 @@ class Queries(nn.Module):
     return flat(out, position, owner, alive, jnp.ones((1, 1)), batch)
 
   def _look(self, query: Array, seen: Array, member: Array, name: str) -> tuple[Array, Array]:
-    dense = lambda part: nn.Dense(query.shape[-1], dtype=query.dtype, name=f"{name}_{part}")  # noqa: E731
-    norm = lambda part: nn.LayerNorm(epsilon=_EPS, dtype=query.dtype, name=f"{name}_norm_{part}")  # noqa: E731
+    dense = lambda part: nn.Dense(query.shape[-1], dtype=query.dtype, name=f"{name}_{part}")
+    norm = lambda part: nn.LayerNorm(epsilon=_EPS, dtype=query.dtype, name=f"{name}_norm_{part}")
     seen = norm("kv")(seen)
     heads = heads_of(query.shape[-1], self.num_heads)
     out, weight = attend_windows(dense("q")(norm("q")(query)), dense("k")(seen), dense("v")(seen), member, heads)

@@ -73,7 +73,7 @@ class VLM(nn.Module):
   @nn.nowrap
   def dense(self) -> "VLM":
     """The same without sites."""
-    bare = lambda module: module.clone(sites=type(module.sites)(module.sites.stack))  # noqa: E731
+    bare = lambda module: module.clone(sites=type(module.sites)(module.sites.stack))
     return self.clone(tower=bare(self.tower), llm=bare(self.llm), position="original")
 
   @nn.nowrap
@@ -251,7 +251,7 @@ class VLM(nn.Module):
     s, layers = self.tower.shape, getattr(self.projector, "levels", ())
     if any(not 0 <= layer < s.depth for layer in layers):
       raise ValueError(f"config.projector.levels={layers}; valid: layers 0 to {s.depth - 1} of the tower")
-    of = lambda layer: tk.restore(aux[f"tokens/{layer}"], aux[f"owner/{layer}"])[:, s.num_prefix_tokens :]  # noqa: E731
+    of = lambda layer: tk.restore(aux[f"tokens/{layer}"], aux[f"owner/{layer}"])[:, s.num_prefix_tokens :]
     return {"levels": jnp.concatenate([of(layer) for layer in layers], axis=-1)} if layers else {}
 
   def _join(
@@ -266,7 +266,7 @@ class VLM(nn.Module):
     visual, place, report = images if isinstance(images, tuple) else self.see(images, slot, train, mode, keeps)
     place = self._places(visual, place, source, mode)
     words, text, free = self._words(ids, slot, mask)
-    row = lambda a: a.reshape(batch, -1, *a.shape[2:])  # noqa: E731
+    row = lambda a: a.reshape(batch, -1, *a.shape[2:])
     seen, place = row(visual.mask), row(place)
     # First the text, then what is seen: so they are numbered until `order` has them as they stand.
     index = jnp.arange(source, dtype=jnp.int32)
@@ -335,7 +335,7 @@ def _owners(text: Array, visual: Tokens, slot: Array) -> Array:
   patches = visual.owner.reshape(batch, -1, visual.owner.shape[1])
   first = source + count * jnp.arange(patches.shape[1], dtype=jnp.int32)[:, None]
   patches = jnp.where(patches >= 0, patches + first, -1).reshape(batch, -1)
-  put = lambda row, where, patch: row.at[_or_beyond(where, row)].set(patch, mode="drop")  # noqa: E731
+  put = lambda row, where, patch: row.at[_or_beyond(where, row)].set(patch, mode="drop")
   return jax.vmap(put)(text, slot.reshape(batch, -1), patches)
 
 

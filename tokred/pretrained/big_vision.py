@@ -28,7 +28,7 @@ def open_big_vision(path: Path) -> Source:
     ValueError: a damaged file, pickled objects, or no ViT.
   """
   state = _unstacked(strip(open_npz(path), PREFIXES, IGNORED))
-  shape = lambda key: state[key].shape if key in state else None  # noqa: E731
+  shape = lambda key: state[key].shape if key in state else None
   kernel, query = shape("embedding/kernel"), next((a.shape for n, a in state.items() if "/query/kernel" in n), None)
   first = next((a.shape for n, a in state.items() if re.fullmatch(rf"{ROOT}\w+_0/\w+/Dense_0/kernel", n)), None)
   if not (kernel and query and first):

@@ -124,7 +124,7 @@ def load_language(
 def abstract(module: decoder.Decoder, mesh: Mesh | None = None) -> Any:
   """The parameters of a decoder as `jax.ShapeDtypeStruct`, with shardings where there is a mesh."""
   known = decoder.Census(0, 2)
-  init = lambda: module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), known=known, mode="mask")["params"]  # noqa: E731
+  init = lambda: module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), known=known, mode="mask")["params"]
   return jax.eval_shape(init) if mesh is None else abstract_sharded(init, mesh=mesh, rules=DEFAULT_RULES)
 
 

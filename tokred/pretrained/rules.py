@@ -75,7 +75,7 @@ def _rule(source: str, target: str, transform: Transform | None, axis: int) -> R
   if part:
     source, index, count = part[1], int(part[2]), int(part[3])
     whole = transform or (lambda a: a)
-    transform = lambda a: whole(_part(a, index, count, axis))  # noqa: E731
+    transform = lambda a: whole(_part(a, index, count, axis))
   return re.escape(source).replace(r"\{\}", r"(\d+)"), target.replace("{}", r"\1"), transform
 
 
@@ -133,7 +133,7 @@ def _join(pieces: Sequence[Any], axis: int) -> Any:
     return np.concatenate(pieces, axis)
   shape = list(pieces[0].shape)
   shape[axis] = sum(piece.shape[axis] for piece in pieces)
-  read = lambda: np.concatenate([piece.read() for piece in pieces], axis)  # noqa: E731
+  read = lambda: np.concatenate([piece.read() for piece in pieces], axis)
   return Lazy(tuple(shape), pieces[0].dtype, read)
 
 

@@ -103,7 +103,7 @@ def _fields(
   state: Mapping[str, Lazy], name: str, pretrained: Mapping[str, Any]
 ) -> tuple[dict[str, Any], tuple[int, int] | None, tuple[str, ...]]:
   """Fields of config.model with `patch`, the grid of the positions, and the fields that nothing tells."""
-  shape = lambda key: state[key].shape if key in state else None  # noqa: E731
+  shape = lambda key: state[key].shape if key in state else None
   kernel = shape("patch_embed.proj.weight")
   if kernel is None or len(kernel) != 4:
     return {"width": 0, "depth": 0, "mlp_dim": 0, "patch": 16}, None, ()  # `merge` will list what is missing

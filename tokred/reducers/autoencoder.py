@@ -109,6 +109,6 @@ class Autoencoder(Planner):
 
   def loss(self, z: Array, again: Array, y: Array, free: Array, share: Array | float) -> dict[str, Array]:
     """Terms of each image, (B,): their weighted sum "loss", "error" and "kept" on their own."""
-    mean = lambda value: jnp.where(free, value, 0.0).sum(1) / jnp.maximum(free.sum(1), 1)  # noqa: E731
+    mean = lambda value: jnp.where(free, value, 0.0).sum(1) / jnp.maximum(free.sum(1), 1)
     error, kept = mean(jnp.square(again - z).mean(-1)), mean(y)
     return {"loss": error + self.weight * jnp.maximum(kept, share), "error": error, "kept": kept}

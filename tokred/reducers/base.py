@@ -360,7 +360,7 @@ def _largest(x: Array, owner: Array) -> Array:
   index, member = jnp.maximum(owner, 0), owner[..., None] >= 0
   values = jax.lax.stop_gradient(x)
   low = jnp.full_like(values, jnp.finfo(x.dtype).min)
-  one = lambda row, i, update: row.at[i].max(update, mode="promise_in_bounds")  # noqa: E731
+  one = lambda row, i, update: row.at[i].max(update, mode="promise_in_bounds")
   top = member & (values == take(jax.vmap(one)(low, index, jnp.where(member, values, low)), index))
   count = scatter_add(jnp.zeros_like(x), index, top.astype(x.dtype))
   return scatter_add(jnp.zeros_like(x), index, jnp.where(top, x, 0)) / jnp.maximum(count, 1)

@@ -36,7 +36,7 @@ def cell_sums(thumbnail: Array, grid: tuple[int, int], cells: str = "grid") -> A
   if cells == "chunks":
     cell = jnp.arange(side * side) * (h * w) // (side * side)
   else:
-    at = lambda parts: jnp.arange(side) * parts // side  # noqa: E731
+    at = lambda parts: jnp.arange(side) * parts // side
     cell = (at(h)[:, None] * w + at(w)).reshape(-1)
   member = (cell[:, None] == jnp.arange(h * w)).astype(jnp.float32)
   return jnp.einsum("ip,pc->ic", thumbnail.reshape(len(thumbnail), -1), member, precision="highest")
@@ -119,7 +119,7 @@ class HiRED(Crops):
     return super().needed()
 
   def counts(self, tokens: Tokens, score: Array, n: Array) -> tuple[Array, Array]:
-    floor = lambda value: jnp.floor(value + 1e-4).astype(jnp.int32)  # noqa: E731 (float32 of what is whole)
+    floor = lambda value: jnp.floor(value + 1e-4).astype(jnp.int32)
     if not self.grid:
       return floor(n * self.share), score
     crops = self.grid[0] * self.grid[1]
@@ -158,7 +158,7 @@ class GlobalCom2(Crops):
   temperature: float = 10.0
 
   def counts(self, tokens: Tokens, score: Array, n: Array) -> tuple[Array, Array]:
-    floor = lambda value: jnp.floor(value + 1e-4).astype(jnp.int32)  # noqa: E731
+    floor = lambda value: jnp.floor(value + 1e-4).astype(jnp.int32)
     if not self.grid:
       return floor(n * self.share), score
     (h, w), tiny = self.grid, jnp.finfo(jnp.float32).tiny

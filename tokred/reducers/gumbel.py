@@ -23,8 +23,8 @@ class Predictor(nn.Module):
   def __call__(self, x: Array, weight: Array) -> Array:
     """x: (B, N, D); weight: (B, N) 1 for tokens that the mean counts, 0 for others."""
     width = x.shape[-1]
-    dense = lambda features, name: nn.Dense(features, name=name)  # noqa: E731
-    gelu = lambda value: nn.gelu(value, approximate=False)  # noqa: E731
+    dense = lambda features, name: nn.Dense(features, name=name)
+    gelu = lambda value: nn.gelu(value, approximate=False)
     x = x.astype(jnp.float32)
     h = nn.LayerNorm(epsilon=1e-5, name="norm")(x)  # this one is 1e-5, the backbone's 1e-6
     h = gelu(dense(width, "in_proj")(h))

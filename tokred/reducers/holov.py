@@ -82,7 +82,7 @@ class HoloV(Planner):
     by_attention = rank(jnp.where(free, -attention, jnp.inf))
     place = rank(jnp.where(free, chunk * n + by_attention, n * (self.chunks + 1)))
     start = jnp.cumsum(sizes, axis=1) - sizes
-    pick = lambda table: jnp.where(member, table[:, None], 0).sum(-1)  # noqa: E731 (each token's entry of its chunk)
+    pick = lambda table: jnp.where(member, table[:, None], 0).sum(-1)
     chosen = free & (place - pick(start) < pick(budget))
     worth = jnp.where(chosen, -place, -n - by_attention)  # then those that fill up
     return keep_top(tokens, worth, keep, raster=self.raster), {"score": score}

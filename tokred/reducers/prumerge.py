@@ -22,7 +22,7 @@ def quantile(score: Array, free: Array, q: float) -> Array:
   at = (jnp.maximum(free.sum(1), 1) - 1) * q
   low = jnp.floor(at).astype(jnp.int32)
   high = jnp.ceil(at).astype(jnp.int32)
-  pick = lambda i: jnp.take_along_axis(ordered, i[:, None], axis=1)[:, 0]  # noqa: E731
+  pick = lambda i: jnp.take_along_axis(ordered, i[:, None], axis=1)[:, 0]
   low_value, high_value = pick(low), pick(high)
   return low_value + jnp.where(high > low, (at - low) * (high_value - low_value), 0.0)
 

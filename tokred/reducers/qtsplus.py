@@ -27,9 +27,9 @@ class Heads(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> tuple[Array, ...]:
     width = x.shape[-1]
-    norm = lambda name: nn.RMSNorm(epsilon=1e-6, name=name)  # noqa: E731
+    norm = lambda name: nn.RMSNorm(epsilon=1e-6, name=name)
     dim = width // self.num_heads
-    project = lambda heads, name, x: nn.DenseGeneral((heads, dim), name=name)(x).swapaxes(1, 2)  # noqa: E731
+    project = lambda heads, name, x: nn.DenseGeneral((heads, dim), name=name)(x).swapaxes(1, 2)
     q = project(self.num_heads, "q", norm("q_norm")(x))
     keys = norm("kv_norm")(x)
     k = project(self.num_kv_heads, "k", keys)

@@ -28,7 +28,7 @@ class CrossAttention(nn.Module):
   @nn.compact
   def __call__(self, queries: Array, x: Array, gate: Array) -> Array:
     heads = self.num_heads or max(x.shape[-1] // 64, 1)
-    dense = lambda name: nn.DenseGeneral((heads, x.shape[-1] // heads), name=name)  # noqa: E731
+    dense = lambda name: nn.DenseGeneral((heads, x.shape[-1] // heads), name=name)
     q, k, v = dense("query")(queries), dense("key")(x), dense("value")(x)
     logits = jnp.einsum("shd,bnhd->bhsn", q, k, precision="highest") * q.shape[-1] ** -0.5
     alive = (gate > 0)[:, None, None]

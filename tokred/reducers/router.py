@@ -29,7 +29,7 @@ def agreement(predicted: Array, chosen: Array, free: Array) -> tuple[Array, Arra
     free: (B, N) bool, the tokens that had a choice to be made.
   """
   each = optax.sigmoid_binary_cross_entropy(predicted, chosen.astype(jnp.float32))
-  mean = lambda value: jnp.where(free, value, 0.0).sum(1) / jnp.maximum(free.sum(1), 1)  # noqa: E731
+  mean = lambda value: jnp.where(free, value, 0.0).sum(1) / jnp.maximum(free.sum(1), 1)
   return mean(each), mean((predicted > 0) == chosen)
 
 

@@ -135,7 +135,7 @@ class SiTReverse(Reducer):
         f"patches={patches} of the {source} tokens at the input leave no slot among the {keep} that arrive at "
         "sit_reverse; valid: the number of patches of the grid"
       )
-    mlp = lambda x, hidden, out, name: nn.Dense(out, name=f"{name}2")(  # noqa: E731
+    mlp = lambda x, hidden, out, name: nn.Dense(out, name=f"{name}2")(
       nn.gelu(nn.Dense(hidden, name=f"{name}1")(x), approximate=False)
     )
     x, _, gate = visible(tokens)

@@ -29,7 +29,7 @@ def admit(tokens: Tokens, score: Array, wants: Array, keep: Any, group: int) -> 
   Returns:
     (B, N) bool.
   """
-  row = lambda leaf: leaf.reshape(-1, group * leaf.shape[1])  # noqa: E731
+  row = lambda leaf: leaf.reshape(-1, group * leaf.shape[1])
   place = ranks(tokens.replace(mask=row(wants), protected=row(tokens.protected)), row(score))
   keep = jnp.asarray(keep, jnp.int32)
   room = keep.reshape(-1, group).sum(1, keepdims=True) if keep.ndim else group * keep

@@ -71,7 +71,7 @@ class Refine(nn.Module):
   def __call__(self, q: Array, s: Array, x: Array, gate: Array) -> Array:
     """gate: (B, N) float32, 1 for the image tokens that are attended to, else 0; it learns."""
     width, norm1 = q.shape[-1], nn.LayerNorm(epsilon=1e-6, name="norm1")
-    scale = lambda name: self.param(name, nn.initializers.constant(self.layer_scale), (width,), jnp.float32)  # noqa: E731
+    scale = lambda name: self.param(name, nn.initializers.constant(self.layer_scale), (width,), jnp.float32)
     both = norm1(jnp.concatenate([s, x], axis=1))
     gate = jnp.concatenate([jnp.ones(s.shape[:2]), gate], axis=1)[:, None, None]
 

@@ -82,8 +82,8 @@ class ToMe(Planner):
     # Places: the protected, sources left over, destinations, merged sources (last merged first), the dead.
     first = tokens.protected & alive
     left, stays = can & interleave(~merged, False, n), can & (index % 2 == 1)
-    before = lambda group: jnp.cumsum(group, 1, dtype=jnp.int32) - 1  # noqa: E731
-    total = lambda group: group.sum(1, keepdims=True, dtype=jnp.int32)  # noqa: E731
+    before = lambda group: jnp.cumsum(group, 1, dtype=jnp.int32) - 1
+    total = lambda group: group.sum(1, keepdims=True, dtype=jnp.int32)
     by_similarity = interleave(edge_rank - total(merged), 0, n)
     place_left = jnp.where(first.any(1, keepdims=True), before(left), by_similarity)
     gone = total(alive) - 1 - interleave(edge_rank, 0, n)

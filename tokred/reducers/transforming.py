@@ -147,5 +147,5 @@ class Transforming(Reducer):
     mixed = transform(tokens, weight, alive, order)
     mask = jnp.where(alive, take(tokens.mask, order), jnp.zeros((), same.mask.dtype))
     mixed = mixed.replace(mask=mask, size=jnp.where(alive, mixed.size, 1.0))  # attention takes the log of all sizes
-    pick = lambda a, b: jnp.where(gone.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)  # noqa: E731
+    pick = lambda a, b: jnp.where(gone.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
     return jax.tree.map(pick, mixed, same), {"score": score}

@@ -76,7 +76,7 @@ def draw(
 ) -> Tokens:
   """Random tokens with features; `earlier`: some are merged already, and some sources have no token."""
   rng = np.random.default_rng(seed)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
   mask = np.arange(NUM) < np.asarray(alive)[:, None]
   logits = np.where(mask, rng.normal(size=(BATCH, NUM)), -np.inf)
   feats = {}
@@ -135,7 +135,7 @@ class Programs:
   def variables(self) -> Any:
     tokens = draw(0, self.module.needed(), protected=(0,), alive=(NUM,) * BATCH, earlier=False, dtype=jnp.float32)
     rngs = {"params": jax.random.key(0), "reduce": jax.random.key(1)}
-    init = lambda t: self.module.init(rngs, t, NUM, train=True, mode="mask")  # noqa: E731
+    init = lambda t: self.module.init(rngs, t, NUM, train=True, mode="mask")
     return shake(jax.jit(init, compiler_options=COMPILER)(tokens))
 
   def call(self, variables: Any, tokens: Tokens, keep: Any, seed: Any, mode: str, train: bool, **kwargs: Any) -> Result:
@@ -286,13 +286,13 @@ class ModelCase:
 def init(model: vit.ViT, images: Array) -> Any:
   """Variables without a zero among them: the reducers' own shaken, the backbone's drawn here, without a compilation."""
   rngs = {"params": jax.random.key(0), "reduce": jax.random.key(1), "dropout": jax.random.key(2)}
-  draw_all = lambda: model.init(rngs, images, train=True, mode="mask")  # noqa: E731
+  draw_all = lambda: model.init(rngs, images, train=True, mode="mask")
   shapes, rng = jax.eval_shape(draw_all), np.random.default_rng(5)
-  ours = lambda path: "'reduce'" in jax.tree_util.keystr(path)  # noqa: E731
+  ours = lambda path: "'reduce'" in jax.tree_util.keystr(path)
   leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
   own = {}
   if any(ours(path) for path, _ in leaves):
-    keep = lambda tree: {str(p): v for p, v in jax.tree_util.tree_flatten_with_path(tree)[0] if ours(p)}  # noqa: E731
+    keep = lambda tree: {str(p): v for p, v in jax.tree_util.tree_flatten_with_path(tree)[0] if ours(p)}
     own = shake(jax.jit(lambda: keep(draw_all()), compiler_options=COMPILER)())
 
   def backbone(path: Any, leaf: Any) -> Array:

@@ -135,7 +135,7 @@ def law_2_tokens(module: base.Reducer, case: Case) -> None:
   same("masked against gathered, after a block", mask.after[:, :count], gather.after[:, :count], tol)
   if case.name == "later":
     masked, gathered = case.programs.grads(case.tokens, keep), case.programs.grads(cut(case.tokens, n), keep, "gather")
-    short = lambda grads: jax.tree.map(lambda leaf: leaf[:, :n], (grads["x"], grads["feats"]))  # noqa: E731
+    short = lambda grads: jax.tree.map(lambda leaf: leaf[:, :n], (grads["x"], grads["feats"]))
     same("gradient of tokens and features, masked against gathered", short(masked), short(gathered), 1e-4)
     same("gradient of ", masked["variables"], gathered["variables"], 1e-4)
 
@@ -198,7 +198,7 @@ def law_3_block(module: base.Reducer, case: ModelCase) -> None:
 
   @functools.partial(jax.jit, compiler_options=COMPILER)
   def run(value: Array) -> Tokens:
-    fill = lambda a: jnp.where(tokens.mask.reshape(a.shape[:2] + (1,) * (a.ndim - 2)), a, value)  # noqa: E731
+    fill = lambda a: jnp.where(tokens.mask.reshape(a.shape[:2] + (1,) * (a.ndim - 2)), a, value)
     spoilt = tokens.replace(x=fill(tokens.x), size=fill(tokens.size), feats=jax.tree.map(fill, tokens.feats))
     return block.apply({"params": params}, spoilt, None, None, False, "mask")[0]
 
@@ -222,7 +222,7 @@ def law_4_conserves(module: base.Reducer, case: Case) -> None:
     want_size = np.einsum("bkn,bn->bk", member, np.where(source.alive, size, 0))
     want_x = np.einsum("bkn,bnd->bkd", member, size[..., None] * np.where(source.alive[..., None], x, 0))
     want_x = want_x / np.maximum(want_size, 1e-9)[..., None]
-    to = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
+    to = lambda a: jnp.asarray(a, jnp.float32)
     same(f"{mode}: size against the sum over its members", out.size, to(want_size), 1e-5, out.alive)
     same(f"{mode}: x against the size-weighted mean of its members", out.x, to(want_x), 1e-5, out.alive)
 
@@ -230,7 +230,7 @@ def law_4_conserves(module: base.Reducer, case: Case) -> None:
 def law_5_protected(module: base.Reducer, case: Case) -> None:
   """The protected are made the least attractive: no attention, and the features of another token."""
   t = case.tracked()
-  twin = lambda a: jnp.where(t.protected.reshape(a.shape[:2] + (1,) * (a.ndim - 2)), a[:, 2:3], a)  # noqa: E731
+  twin = lambda a: jnp.where(t.protected.reshape(a.shape[:2] + (1,) * (a.ndim - 2)), a[:, 2:3], a)
   feats = {name: jnp.where(t.protected, 0, a) if a.ndim == 2 else twin(a) for name, a in t.feats.items()}
   t, n = t.replace(x=twin(t.x), feats=feats), case.alive
   fewest = module.fewest(n, case.num_protected)
@@ -303,7 +303,7 @@ def simulate(plan: Plan, sources: np.ndarray, gone: np.ndarray, when: str) -> np
 def law_8_finite(module: base.Reducer, case: Case) -> None:
   """With blank tokens (zeros, all alike), through masks that learn and masks that do not."""
   blank = (jnp.arange(NUM) >= 2) & (jnp.arange(NUM) < 9)
-  clear = lambda a: jnp.where(blank.reshape((1, NUM) + (1,) * (a.ndim - 2)), 0, a)  # noqa: E731
+  clear = lambda a: jnp.where(blank.reshape((1, NUM) + (1,) * (a.ndim - 2)), 0, a)
   t = case.tokens.replace(x=clear(case.tokens.x), feats=jax.tree.map(clear, case.tokens.feats))
   soft = t.replace(mask=t.mask.astype(jnp.float32))
   learns = isinstance(module, base.Planner) and not case.programs.around
@@ -333,18 +333,18 @@ def law_8_model(module: base.Reducer, case: ModelCase) -> None:
 def law_9_rows(module: base.Reducer, case: Case) -> None:
   """Other rows are filled with NaN: row 0 may not change by a bit."""
   t = case.tokens
-  spoil = lambda a: a.at[1:].set(jnp.nan)  # noqa: E731
+  spoil = lambda a: a.at[1:].set(jnp.nan)
   spoilt = t.replace(x=spoil(t.x), size=spoil(t.size), feats=jax.tree.map(spoil, t.feats))
   for mode, train in (("mask", False), ("mask", True), ("gather", False)):
     clean, dirty = (case.programs.run(tokens, case.keep(), mode, train=train) for tokens in (t, spoilt))
     for what in ("tokens", "report", "after"):
-      first = lambda r, what=what: jax.tree.map(lambda leaf: leaf[:1] if leaf.ndim else leaf, getattr(r, what))  # noqa: E731
+      first = lambda r, what=what: jax.tree.map(lambda leaf: leaf[:1] if leaf.ndim else leaf, getattr(r, what))
       same(f"{mode}{', train' if train else ''}, other rows NaN: {what}", first(dirty), first(clean))
 
 
 def law_10_ranking(module: base.Reducer, case: Case) -> None:
   """The same values in bfloat16 and in float32 lead to the same decisions; tied ones to the lower index."""
-  up = lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
+  up = lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
   for seed in range(6):
     t = draw(seed, module.needed(), protected=(0, 1), alive=(NUM,) * BATCH, earlier=False, dtype=jnp.bfloat16)
     t = t.replace(x=1 + t.x / 16, feats={k: 1 + v / 16 if v.ndim > 2 else v for k, v in t.feats.items()})  # near-ties
@@ -372,7 +372,7 @@ def law_11_devices(module: base.Reducer, case: Case) -> None:
     logging.warning("law 11 needs 2, 4 or 8 devices and is left out; set XLA_FLAGS as check_reducer says")
     return
   mesh = Mesh(np.array(devices), ("data",))
-  place = lambda tree, *spec: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
+  place = lambda tree, *spec: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
   args = place(case.programs.variables), place(case.tokens, "data"), place(jnp.int32(case.keep())), place(jnp.int32(0))
   for mode, train in (("mask", True), ("gather", False)):
     program = case.programs.program(mode, train, case.keep() if mode == "gather" else None)

@@ -184,7 +184,7 @@ def _check_ends(config: ConfigDict, total_steps: int) -> None:
 def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
   """Raises ValueError where `config.train`, `rates` or `loss` ask for what the sites cannot do; `frozen`: see Phase."""
   spots = module.spots
-  by_rate = lambda *kinds: sorted({spot.site for spot in spots if spot.rate in kinds})  # noqa: E731
+  by_rate = lambda *kinds: sorted({spot.site for spot in spots if spot.rate in kinds})
   scheduled, costed = by_rate("scheduled"), by_rate(*LEARNED)
   if config.train.mode == "gather" and costed:
     raise ValueError(
@@ -195,7 +195,7 @@ def _check_sites(config: ConfigDict, module: ViT, frozen: bool) -> None:
     raise ValueError(f"config.train.mode='gather' has static counts, but those of sites {scheduled} move")
   if config.rates.freeze_step and scheduled:
     raise ValueError(f"config.rates.freeze_step={config.rates.freeze_step}, but the counts of sites {scheduled} move")
-  unset = lambda spot: spot.rate != "fixed" or spot.type.packs or spot.type.ragged or spot.type.still  # noqa: E731
+  unset = lambda spot: spot.rate != "fixed" or spot.type.packs or spot.type.ragged or spot.type.still
   moving = sorted({spot.site for spot in spots if unset(spot)})
   if config.loss.less >= 0 and moving:
     raise ValueError(
@@ -218,7 +218,7 @@ def _check_terms(config: ConfigDict, module: ViT, frozen: bool) -> None:
   foreign = [term for term in _CLASSIFIER_TERMS if loss[term]] if isinstance(module, VLM) else []
   if foreign:
     raise ValueError(f"config.loss.{foreign[0]}={loss[foreign[0]]} is no term of config.model.name='vlm'; valid: 0.0")
-  draws = lambda kind: kind.decides and (mode == "mask" or frozen or not getattr(kind, "samples", False))  # noqa: E731
+  draws = lambda kind: kind.decides and (mode == "mask" or frozen or not getattr(kind, "samples", False))
   deciding = [spot for spot in spots if draws(spot.type)]
   for term in ("keep_ratio", "global_ratio"):
     if loss[term] and (learns := [spot for spot in deciding if spot.rate in LEARNED]):
@@ -227,7 +227,7 @@ def _check_terms(config: ConfigDict, module: ViT, frozen: bool) -> None:
         f"config.loss.{term}={loss[term]} holds a selector at its keep rate, but with {site}.rate={rate!r} that is "
         f"learned; valid: 0.0 (config.loss.budget holds what is learned), or {site}.rate='fixed' with a keep"
       )
-  of = lambda *names: [spot for spot in spots if spot.reducer in names]  # noqa: E731
+  of = lambda *names: [spot for spot in spots if spot.reducer in names]
   reverse = of("sit_reverse") + [spot for spot in spots if dict(spot.options).get("reverse")]
   drawing = f"with config.train.mode={mode!r} no site has a reducer that draws who stays, such as "
   teacher, untaught = config.teacher or config.init, "neither config.teacher nor config.init names a teacher"
