@@ -4,7 +4,7 @@ Prints one JSON object: accuracy, accuracy_top5, loss, examples, counts, sites, 
 Of a vision-language model one for each method of configs/vlm_methods.py and each share of its image tokens (without
 --methods as it is): accuracy (exact match of what greedy decoding writes), vqa_accuracy, choice_accuracy (the likeliest
 of the data set's answers), caption_loss, image_tokens (that the language model is given; sites in it may take more),
-gflops, gmacs, times of prefill and decoding, the cache's bytes.
+gflops, gmacs, gmacs of a written token, bytes of a prompt's keys and values, times of prefill and decoding.
   python eval.py --workdir=runs/easy --methods=random,visionzip,divprune --keep=1.0,0.5,0.1
 """
 

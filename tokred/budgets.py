@@ -23,8 +23,9 @@ def judge(
     By name: accuracy (exact match of what greedy decoding writes with what the data set says, 0 to 1), vqa_accuracy
     (the same after normalisation, see `tokred.vqa`), choice_accuracy (which of the data set's answers is the likeliest;
     where it has a list of them), caption_loss (nats per id of an answer), examples, image_tokens (given to the
-    language model, whose own sites may take more), gmacs, gflops; with
-    `times` also first_ms, prefill_ms, decode_ms, speedup, promised and cache_bytes of `tokred.bench_vlm.measure`.
+    language model, whose own sites may take more), gmacs and gflops (of reading a prompt), gmacs_written (of a token of
+    the answer), prompt_bytes (keys and values of the prompt); with `times` also first_ms, prefill_ms, decode_ms,
+    speedup, promised and cache_bytes of `tokred.bench_vlm.measure`.
 
   Raises:
     ValueError: no examples, a batch size below 1, or something else than models with parameters.
@@ -36,6 +37,7 @@ def judge(
   for name, model in models.items():
     out[name] = _answers(model, split or model.config.data.eval_split, batch_size or model.config.eval.batch_size)
     out[name] |= dict(gmacs=model.macs / 1e9, gflops=model.flops / 1e9, image_tokens=model.module.left())
+    out[name] |= dict(gmacs_written=model.macs_written / 1e9, prompt_bytes=model.cache_bytes)
   if times:
     prompt = next(iter(models.values())).config.llm.prompt
     for row in bench_vlm.measure(models, text=prompt):

@@ -106,11 +106,24 @@ def of(module: Any, price: Any = macs, counts: Any = None) -> Any:
   if tower is module:
     return total
   arriving = profile.final - module.dropped
-  n = module.lengths(module.projector.left(arriving), counts)
+  n = prompt(module, profile, counts)
   rest = (
     module.projector.macs(arriving, s.width) + reading(module.llm.shape, n.attention, n.mlp, module.whole) + n.extra
   )
   return total + (2.0 if price is flops else 1.0) * rest
+
+
+def prompt(module: Any, profile: Profile | None = None, counts: Any = None) -> Any:
+  """Tokens in each layer of a VLM's language model: `tokred.nn.budget.Lengths` of `prompt` tokens of text and an image.
+
+  Args:
+    module: the VLM.
+    profile: of its tower; None: with static counts.
+    counts: see `of`.
+  """
+  s = module.tower.shape
+  profile = profile or module.tower.sites.profile(s.width, s.num_heads, counts)
+  return module.lengths(module.projector.left(profile.final - module.dropped), counts)
 
 
 def reading(shape: Any, attention: Sequence[Any], mlp: Sequence[Any], whole: int | None = None) -> Any:

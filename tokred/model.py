@@ -45,12 +45,12 @@ class Model:
   @property
   def macs(self) -> float:
     """Multiply-adds of one image: what papers call FLOPs."""
-    return self._price(cost.macs)
+    return float(cost.of(self._settled(), cost.macs))
 
   @property
   def flops(self) -> float:
     """FLOPs of one image, as XLA counts them."""
-    return self._price(cost.flops)
+    return float(cost.of(self._settled(), cost.flops))
 
   def init(self, seed: int | None = None) -> "Model":
     """With parameters drawn anew; `config.seed` where no seed is given."""
@@ -97,10 +97,9 @@ class Model:
     if self.params is None:
       raise ValueError("the model has no parameters: call model.init(), or get it from tokred.load")
 
-  def _price(self, price: Any) -> float:
-    if self.mode == "mask":
-      return freeze(self)._price(price)
-    return float(cost.of(self.module, price))
+  def _settled(self) -> Any:
+    """The module with counts that are known: those of learned rates as they are now."""
+    return (self if self.mode == "gather" else freeze(self)).module
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -126,6 +125,18 @@ class Reader(Model):
     ids, images, slot = self._checked(ids, images, slot, mask)
     known = self.module.known(ids, slot, mask, self.mode) if self.mode == "gather" else None
     return read(self.module, self.mode)(self.params, known, ids, images, slot, mask)
+
+  @property
+  def macs_written(self) -> float:
+    """Multiply-adds of each token that is written behind a prompt of `config.llm.prompt` ids and one image."""
+    module = self._settled()
+    return float(cost.writing(module.llm.shape, cost.prompt(module).cache))
+
+  @property
+  def cache_bytes(self) -> float:
+    """Bytes of the keys and values of that prompt."""
+    module = self._settled()
+    return float(cost.cache_bytes(module.llm.shape, cost.prompt(module).cache, jnp.dtype(module.llm.dtype).itemsize))
 
   def write(
     self, ids: Array, images: Array, mask: Array | None = None, max_new_tokens: int = 32, slot: Array | None = None,

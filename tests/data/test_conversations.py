@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from tokred import config, data
-from tokred.data import conversations, packing, tokenizers
+from tokred.data import packing, tokenizers
 from tokred.data.conversations import Writer
+from tokred.data.rows import SHARED
 from tokred.data.talks import Talk
 
 TFDS_DIR = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "tfds"
@@ -176,7 +177,7 @@ def test_sharing_an_image(folder, tmp_path):
   loader.close()
   row = int(batch["segment"].max(1).argmax())  # the red one
   ids, segment = batch["ids"][row], batch["segment"][row]
-  assert ids[:3].tolist() == [BOS, IMAGE, IMAGE] and segment[:3].tolist() == [conversations.SHARED] * 3
+  assert ids[:3].tolist() == [BOS, IMAGE, IMAGE] and segment[:3].tolist() == [SHARED] * 3
   seen = {tuple(ids[segment == index].tolist()) for index in range(2)}
   assert seen == {(WHAT, COLOUR, ASK, RED, STOP, EOS), (IS, RED, ASK, RED, EOS)}
   for index in range(2):
@@ -203,7 +204,7 @@ def test_sharing_an_image_that_stands_late(folder, tmp_path):
     assert loader.num_examples == rows and batch["answer"].sum() == answers
     row, place = np.nonzero(batch["answer"])
     told = batch["segment"][row, place - 1]
-    assert ((told == batch["segment"][row, place]) | (told == conversations.SHARED)).all()
+    assert ((told == batch["segment"][row, place]) | (told == SHARED)).all()
 
 
 def test_training_is_a_function_of_the_number(folder):

@@ -213,7 +213,12 @@ def test_a_list_of_budgets(talks):
   }
   found = judge(models, times=False)
   assert found["dense"]["image_tokens"] == 16 and found["fastervlm"]["image_tokens"] == 4
-  assert found["fastervlm"]["gmacs"] < found["dense"]["gmacs"]
+  less, whole = found["fastervlm"], found["dense"]
+  assert less["gmacs"] < whole["gmacs"] and less["gmacs_written"] < whole["gmacs_written"]
+  llm = models["dense"].module.llm.shape  # float32 keys and values of the prompt's text and of what is left of an image
+  for each in (less, whole):
+    held = models["dense"].module.prompt + each["image_tokens"]
+    assert each["prompt_bytes"] == 2 * 4 * llm.num_kv_heads * llm.head_dim * llm.depth * held
   assert {"accuracy", "vqa_accuracy", "caption_loss", "examples"} <= found["dense"].keys()
   assert found["dense"]["examples"] == 4 and found["dense"]["caption_loss"] > 0
 
