@@ -36,7 +36,7 @@ gc.set_threshold(50_000, 50, 100)  # tracing makes objects by the million and ha
 # What `make fast` leaves out: more than 20 s of compiling, or many processes.
 SLOW = (
   "test_alarms", "test_bad_input", "test_calibrate", "test_clca", "test_cli", "test_configs", "test_criteria",
-  "test_demo", "test_export", "test_export_formats",
+  "test_demo", "test_drawn", "test_drawn_sites", "test_export", "test_export_formats", "test_language_cost",
   "test_finetune", "test_foreign", "test_fusion", "test_generate", "test_golden", "test_kills", "test_laws",
   "test_llm_sites", "test_loading", "test_loop", "test_mctf", "test_model", "test_notebook",
   "test_onnx", "test_pairs", "test_pipeline", "test_readme",
