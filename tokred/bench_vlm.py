@@ -96,7 +96,7 @@ def _functions(
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
   """What is timed, compiled here and with its inputs on the device, and what is known without a clock."""
   module, params, s = model.module, model.params, model.module.tower.shape
-  patches, rng = s.grid[0] * s.grid[1], np.random.default_rng(seed)
+  patches, rng = s.num_patches, np.random.default_rng(seed)
   words = rng.integers(0, module.llm.shape.vocab - 1, (batch, text))
   words += words >= module.image_token  # any word but the placeholder
   ids = np.concatenate([np.full((batch, patches), module.image_token), words], axis=1).astype(np.int32)

@@ -170,9 +170,7 @@ class Reader(Model):
       )
     if mask is not None and np.shape(mask) != ids.shape:
       raise ValueError(f"mask of shape {np.shape(mask)} for ids of shape {ids.shape}; valid: that of ids")
-    slot = (
-      placeholders.slots(ids, token, np.shape(images)[1], s.grid[0] * s.grid[1]) if slot is None else np.asarray(slot)
-    )
+    slot = placeholders.slots(ids, token, np.shape(images)[1], s.num_patches) if slot is None else np.asarray(slot)
     return ids, images, slot
 
 

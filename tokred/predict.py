@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
 from tokred.data import images as pictures
-from tokred.data import label_names, tokenizer
+from tokred.data import label_names, num_image_tokens, tokenizer
 from tokred.data.batches import mean_std, normalise
 from tokred.data.conversations import Writer
 from tokred.data.folder import read
@@ -137,9 +137,7 @@ def _prompt(config: ConfigDict, question: str, images: Sequence[Any]) -> tuple[n
       f"question={question!r} has {question.count(IMAGE)} {IMAGE} for {len(images)} images; valid: as many"
     )
   pixels = np.stack([read_image(path, config) for path in images])
-  patch = int(m.variant.rpartition("/")[2])
-  patches = (m.image_size[0] // patch) * (m.image_size[1] // patch)
-  writer = Writer(tokenizer(config), config.llm.image_token, patches, t.prompt, t.system)
+  writer = Writer(tokenizer(config), config.llm.image_token, num_image_tokens(m), t.prompt, t.system)
   line = zip(*writer(Talk(((question, ""),), tuple(range(len(images))))), strict=True)
   ids = [index for index, answers in line if not answers]
   return np.array([ids], np.int32), _normalised(pixels, config)[None]

@@ -111,7 +111,7 @@ def _read(model: Reader, ids: Any, images: Any, mask: Any) -> list[tuple[str, np
   if ids is None:
     raise ValueError("ids=None: which patches a vision-language model keeps depends on its prompt; valid: (B, S) int32")
   output, s = model.inspect(ids, images, mask), model.module.tower.shape
-  slot = placeholders.slots(ids, model.module.image_token, images.shape[1], s.grid[0] * s.grid[1])
+  slot = placeholders.slots(ids, model.module.image_token, images.shape[1], s.num_patches)
   rows, stages, before = np.arange(len(slot))[:, None, None], [], None
   names = {"owner/tower": "given to the LLM"}
   names |= {f"owner/{layer}": f"LLM layer {layer}" for layer in range(model.config.llm.depth)}

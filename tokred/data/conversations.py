@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tokred.data import augment, batches, packing, pipeline
 from tokred.data.batches import Batch
 from tokred.data.pipeline import EvalBatches, TrainBatches
-from tokred.data.rows import Corpus, Layout, about_one_image
+from tokred.data.rows import Corpus, Layout, about_one_image, check_rows
 from tokred.data.talks import IMAGE, Talk, Talks, open_talks
 from tokred.data.tokenizers import Tokenizer, WordTokenizer, read_tokenizer
 
@@ -84,6 +84,7 @@ def conversation_batches(
   """
   pipeline.check(config_data, channels)
   _check(config_data, seed, prompt, too_long, images)
+  check_rows(pack, share)
   found = open_talks(config_data, split, "train_split" if train else "eval_split")
   text = Writer(tokenizer, image_token, num_image_tokens, prompt, system)
   corpus = _encode(found, text, max_length, images, too_long)
@@ -94,8 +95,6 @@ def conversation_batches(
     rows = [order[row].tolist() for row in chosen]
     images = max(int(corpus.counts[row].sum()) for row in rows)
   if share:
-    if pack:
-      raise ValueError("config.text.share=True and config.text.pack=True; valid: one of them")
     rows = about_one_image(corpus, image_token, max_length, seed)
   layout = Layout(corpus, rows, max_length, images, num_image_tokens, image_token, tokenizer.pad, pack, share)
   resize = not (train and config_data.random_resized_crop)  # which resizes by itself

@@ -27,12 +27,12 @@ def feed(
   m, common = config.model, dict(batch_size=batch_size, process_index=process_index, process_count=process_count)
   common |= dict(image_size=m.image_size, channels=m.channels)
   if m.name == "vlm":
-    t, patch = config.text, int(m.variant.rpartition("/")[2])
+    t = config.text
     return conversations.conversation_batches(
       config.data,
       split,
       tokenizer=tokenizer(config),
-      num_image_tokens=(m.image_size[0] // patch) * (m.image_size[1] // patch),
+      num_image_tokens=num_image_tokens(m),
       image_token=config.llm.image_token,
       max_length=t.max_length,
       seed=config.seed,
@@ -48,6 +48,12 @@ def feed(
   if train:
     return pipeline.train_batches(config.data, num_classes=m.num_classes, seed=config.seed, **common)
   return pipeline.eval_batches(config.data, split, num_classes=m.num_classes, **common)
+
+
+def num_image_tokens(model: ConfigDict) -> int:
+  """Placeholders of an image in the text: the patches of `config.model`."""
+  patch = int(model.variant.rpartition("/")[2])
+  return (model.image_size[0] // patch) * (model.image_size[1] // patch)
 
 
 def tokenizer(config: ConfigDict) -> Tokenizer:

@@ -11,6 +11,12 @@ from tokred.data.batches import Batch
 SHARED = -2  # the segment that all of a row see; as tokred.nn.attention has it
 
 
+def check_rows(pack: bool, share: bool) -> None:
+  """Raises ValueError where conversations shall share rows in two ways at once."""
+  if pack and share:
+    raise ValueError("config.text.share=True and config.text.pack=True; valid: one of them")
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
   """Conversations in ids, one behind the other."""

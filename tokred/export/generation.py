@@ -84,7 +84,7 @@ def save_generation(
   s = first.module.tower.shape
   card = dict(
     tokred=tokred.__version__, counts=sorted(frozen), prompt_length=prompt_length, max_new_tokens=max_new_tokens,
-    images=images, batch_size=batch_size, patches=s.grid[0] * s.grid[1], image_token=first.module.image_token,
+    images=images, batch_size=batch_size, patches=s.num_patches, image_token=first.module.image_token,
     image_size=list(first.config.model.image_size), channels=s.channels, vocab=first.module.llm.shape.vocab,
     platforms=list(platforms or [here()]),
     config={count: model.config.to_dict() for count, model in frozen.items()}, cache_bytes={},
@@ -297,7 +297,7 @@ def _check(
   if any(other != shapes[0] for other in shapes):
     raise ValueError("models of an export must have the same parameters; valid: variants of one model")
   s = next(iter(frozen.values())).module.tower.shape
-  least = images * s.grid[0] * s.grid[1] + 1
+  least = images * s.num_patches + 1
   if prompt_length < least:
     raise ValueError(f"prompt_length={prompt_length}; valid: {least} or more, for {images} images and some text")
   check_replaceable(Path(directory).absolute())

@@ -72,13 +72,17 @@ class Shape(struct.PyTreeNode):
   gated: bool = struct.field(pytree_node=False)
 
   @property
+  def num_patches(self) -> int:
+    return self.grid[0] * self.grid[1]
+
+  @property
   def num_tokens(self) -> int:
-    return self.grid[0] * self.grid[1] + self.num_prefix_tokens
+    return self.num_patches + self.num_prefix_tokens
 
   def sizes(self) -> cost.Sizes:
-    patches, patch_dim = self.grid[0] * self.grid[1], self.channels * self.patch**2
+    patch_dim = self.channels * self.patch**2
     return cost.Sizes(
-      self.width, self.mlp_dim, self.num_heads, patches, patch_dim, self.num_tokens, self.num_classes,
+      self.width, self.mlp_dim, self.num_heads, self.num_patches, patch_dim, self.num_tokens, self.num_classes,
       1 + self.distilled, self.pool == "map", self.gated, 1 + (self.pool == "cls_avg"),
     )  # fmt: skip
 

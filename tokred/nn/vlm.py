@@ -65,7 +65,7 @@ class VLM(nn.Module):
   def example(self) -> dict[str, Array]:
     """Arguments of the smallest call, to find the shapes of parameters with."""
     s = self.tower.shape
-    patches = s.grid[0] * s.grid[1]
+    patches = s.num_patches
     ids = jnp.full((1, patches + 1), self.image_token, jnp.int32).at[0, -1].set(self.image_token ^ 1)
     images = jnp.zeros((1, 1, s.grid[0] * s.patch, s.grid[1] * s.patch, s.channels))
     return dict(ids=ids, images=images, slot=jnp.arange(patches, dtype=jnp.int32)[None, None])
@@ -145,7 +145,7 @@ class VLM(nn.Module):
   def whole(self) -> int | None:
     """Places in the language model's attention, of text and one image, where merged tokens stand at several."""
     s = self.tower.shape
-    return self.prompt + s.grid[0] * s.grid[1] if self.position == "virtual" else None
+    return self.prompt + s.num_patches if self.position == "virtual" else None
 
   @property
   def dropped(self) -> int:
@@ -232,8 +232,8 @@ class VLM(nn.Module):
     size = (s.grid[0] * s.patch, s.grid[1] * s.patch, s.channels)
     if images.ndim != 5 or not images.size or images.shape[2:] != size:
       raise ValueError(f"images of shape {images.shape}; valid: (batch, images, {', '.join(map(str, size))}), resized")
-    if slot.shape != (*images.shape[:2], s.grid[0] * s.grid[1]):
-      raise ValueError(f"slot of shape {slot.shape}; valid: {(*images.shape[:2], s.grid[0] * s.grid[1])}")
+    if slot.shape != (*images.shape[:2], s.num_patches):
+      raise ValueError(f"slot of shape {slot.shape}; valid: {(*images.shape[:2], s.num_patches)}")
     seen = self.tower(images.reshape(-1, *images.shape[2:]), train=train, mode=mode, keeps=keeps)
     tokens, prefix = seen.tokens, self.dropped
     if prefix:  # they stand first, and nothing takes them away

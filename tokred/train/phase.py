@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from tokred import loading, lora, losses, schedules, sharding
 from tokred.config import default, nearest
+from tokred.data.rows import check_rows
 from tokred.model import build, init, without_sites
 from tokred.nn import projectors
 from tokred.nn.stacks import split
@@ -160,8 +161,7 @@ def check(config: ConfigDict) -> None:
   labels, classes = config.data.labels, config.model.num_classes
   if labels and config.model.name == "vit" and len(labels) != classes:
     raise ValueError(f"config.data.labels={labels!r} are {len(labels)} names; valid: {classes}, one a class, or ()")
-  if config.text.pack and config.text.share:
-    raise ValueError("config.text.share=True and config.text.pack=True; valid: one of them")
+  check_rows(config.text.pack, config.text.share)
   if config.teacher and not any(config.loss[term] for term in TAUGHT):
     raise ValueError(
       f"config.teacher={config.teacher!r} has nothing to teach; give a term of config.loss that asks it a weight "
