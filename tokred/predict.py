@@ -112,10 +112,7 @@ def answer(model: Reader | Generation, question: str, images: Sequence[str | os.
   ids, pixels = _prompt(model.config, question, images)
   words = tokenizer(model.config)
   stop = (words.eos,) if words.eos >= 0 else ()
-  if isinstance(model, Generation):
-    said = model.write(ids, pixels, stop=stop, **options)[0].tolist()
-  else:
-    said = np.asarray(model.write(ids, pixels, stop_tokens=stop, **options).tokens)[0].tolist()
+  said = np.asarray(model.write(ids, pixels, stop_tokens=stop, **options).tokens)[0].tolist()
   return words.decode(said[: said.index(words.eos)] if words.eos in said else said)
 
 

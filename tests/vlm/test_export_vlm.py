@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import shutil
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -61,16 +60,17 @@ def folder(tmp_path_factory):
 def test_what_is_shipped_writes_as_the_model(folder):
   """`save_generation` has compared the tokens in a fresh process; here a batch that is filled, and a stop."""
   p, found = prompts(), open_generation(folder)
-  whole = found.write(**p)
+  whole = found.write(**p).tokens
   assert whole.shape == (2, 5) and found.card["counts"] == [8]
   assert WordTokenizer.read(folder / "words.json").words[-2:] == ("what", "colour")
   assert repr(found) == "Generation(image tokens: [8] of 16, prompts of 24 ids)"  # no weights
-  alone = found.write(p["ids"][1:], p["images"][1:], max_new_tokens=3)
+  alone = found.write(p["ids"][1:], p["images"][1:], max_new_tokens=3).tokens
   np.testing.assert_array_equal(alone, whole[1:, :3])
   stop = int(whole[0, 1])
   end = whole[0].tolist().index(stop)
-  stopped = found.write(**p, stop=[stop])
-  np.testing.assert_array_equal(stopped[0], np.where(np.arange(5) <= end, whole[0], 0))
+  stopped, inside = found.write(**p, stop_tokens=[stop]), model().write(**p, max_new_tokens=5, stop_tokens=[stop])
+  assert stopped.length[0] == end + 1 and stopped.length.tolist() == np.asarray(inside.length).tolist()
+  np.testing.assert_array_equal(stopped.tokens[0], np.where(np.arange(5) <= end, whole[0], 0))
 
 
 @pytest.mark.thorough
@@ -80,7 +80,7 @@ def test_several_counts(tmp_path):
   found, p = open_generation(tmp_path / "vlm"), prompts()
   for count in (4, 8):
     whole = np.asarray(model(count).write(p["ids"], p["images"], p["mask"], 5).tokens)
-    np.testing.assert_array_equal(found.write(**p, count=count), whole)
+    np.testing.assert_array_equal(found.write(**p, count=count).tokens, whole)
 
 
 def test_bad_prompts(folder):
@@ -88,6 +88,8 @@ def test_bad_prompts(folder):
   for message, changed in {
     r"count=5: no such count of image tokens; valid: 8": dict(count=5),
     r"max_new_tokens=9; valid: 1 to 5": dict(max_new_tokens=9),
+    r"max_new_tokens=1.5; valid: 1 or more": dict(max_new_tokens=1.5),
+    r"stop_tokens='</s>'; valid: ids": dict(stop_tokens="</s>"),
     r"ids of shape \(2, 42\) and mask of \(2, 42\); valid: at most \(2, 24\)": dict(
       ids=np.tile(p["ids"], 2), mask=np.tile(p["mask"], 2)
     ),
@@ -112,10 +114,9 @@ def test_questions_in_words(folder, tmp_path, monkeypatch, capsys):
   run, found = dataclasses.replace(model(), config=asked), open_generation(folder)
   ids, images = predict._prompt(asked, "What colour?", [photo])
   assert ids.tolist() == [[1, *[3] * 16, 5, 6, 4]] and images.shape == (1, 1, 16, 16, 3)
-  said = WordTokenizer.read(folder / "words.json").decode(found.write(ids, images, stop=(2,))[0])
+  said = WordTokenizer.read(folder / "words.json").decode(found.write(ids, images, stop_tokens=(2,)).tokens[0])
   assert predict.answer(found, "What colour?", [photo]) == said
-  written = lambda self, *given, stop_tokens: SimpleNamespace(tokens=found.write(*given, stop=stop_tokens))
-  monkeypatch.setattr(Reader, "write", written)
+  monkeypatch.setattr(Reader, "write", lambda self, *given, **options: found.write(*given, **options))
   assert predict.answer(run, "<image> what colour?", [photo]) == said
   predict.main([f"--model={folder}", str(photo), "--question=What colour?"])
   assert capsys.readouterr().out == f"{photo}\n  {said}\n"

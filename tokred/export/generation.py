@@ -36,6 +36,7 @@ from tokred.export.folder import LANGUAGE_CARD as CARD
 from tokred.export.folder import WEIGHTS, ExportError, check_replaceable, in_fresh_process, replacing
 from tokred.export.functions import PLATFORMS, check_platform, here
 from tokred.model import Model, Reader, build, freeze
+from tokred.nn import generate
 from tokred.tokens import Tokens
 
 PARTS = ("encoder", "prefill", "decode")
@@ -122,8 +123,15 @@ class Generation:
     return f"Generation(image tokens: {c['counts']} of {c['patches']}, prompts of {c['prompt_length']} ids)"
 
   def write(
-    self, ids: Any, images: Any, mask: Any = None, *, count: int = 0, max_new_tokens: int = 0, stop: Sequence[int] = ()
-  ) -> np.ndarray:
+    self,
+    ids: Any,
+    images: Any,
+    mask: Any = None,
+    *,
+    count: int = 0,
+    max_new_tokens: int = 0,
+    stop_tokens: Sequence[int] = (),
+  ) -> generate.Generated:
     """Continues prompts greedily.
 
     Args:
@@ -132,10 +140,10 @@ class Generation:
       mask: (B, S), nonzero where there is a token.  None: everywhere.
       count: image tokens that are left of an image; 0: the most that there are.
       max_new_tokens: at most; 0: as many as exported.
-      stop: ids at which a row ends.
+      stop_tokens: ids at which a row ends.
 
     Returns:
-      (B, max_new_tokens) int32, zeros behind a stop.
+      What `Reader.write` returns, in numpy arrays.
 
     Raises:
       ValueError: what the functions do not take.
@@ -144,21 +152,22 @@ class Generation:
     count, new = count or c["counts"][-1], max_new_tokens or c["max_new_tokens"]
     if count not in self.functions:
       raise ValueError(f"count={count}: no such count of image tokens; valid: {', '.join(map(str, c['counts']))}")
-    if not 0 < new <= c["max_new_tokens"]:
+    generate.check(new, 0.0, 1.0, stop_tokens, 0)
+    if new > c["max_new_tokens"]:
       raise ValueError(f"max_new_tokens={new}; valid: 1 to {c['max_new_tokens']}")
     ids, mask, images, slot = self._as_taken(np.asarray(ids), mask, np.asarray(images))
     run = self.functions[count]
     seen = run["encoder"](self.weights, images, slot)
     logits, cache = run["prefill"](self.weights, ids, mask, slot, *seen)
-    out, done = np.zeros((rows, new), np.int32), np.zeros(rows, bool)
+    out, length, done = np.zeros((rows, new), np.int32), np.zeros(rows, np.int32), np.zeros(rows, bool)
     for step in range(new):
       token = np.asarray(logits).argmax(-1).astype(np.int32)
-      out[:, step] = np.where(done, 0, token[:rows])
-      done |= np.isin(out[:, step], stop)
+      out[:, step], length = np.where(done, 0, token[:rows]), length + ~done
+      done |= np.isin(out[:, step], stop_tokens)
       if done.all() or step + 1 == new:
         break
       logits, cache = run["decode"](self.weights, token, cache)
-    return out
+    return generate.Generated(out, length)
 
   def _as_taken(self, ids: np.ndarray, mask: Any, images: np.ndarray) -> tuple[np.ndarray, ...]:
     c = self.card
@@ -316,4 +325,4 @@ if __name__ == "__main__":
   with np.load(sys.argv[2]) as recorded:
     given = dict(recorded)
   found = open_generation(sys.argv[1])
-  print(json.dumps({count: found.write(**given, count=count).tolist() for count in found.functions}))
+  print(json.dumps({count: found.write(**given, count=count).tokens.tolist() for count in found.functions}))
