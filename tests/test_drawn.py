@@ -8,6 +8,7 @@ import dataclasses
 import math
 import sys
 
+import drawing
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +17,7 @@ from golden import quick
 
 import tokred
 from tokred.drafts import FIELDS, PLACED
-from tokred.layout import PLACES
-from tokred.rates import RATES
 from tokred.reducers import REGISTRY
-from tokred.reducers.router import GATES
-from tokred.scores import SCORES
 from tokred.tokens import restore
 
 BATCH = 4
@@ -40,88 +37,10 @@ MODEL = {  # each field is drawn in one of two configs
   "attention": ("matmul", "fused"),
   "gate_cap": (30.0,),
 }
-OPTIONS = {  # of reducers, by name; those that are not here are drawn if they are bool
-  "score": tuple(SCORES),
-  "metric": ("key", "token"),
-  "gate": tuple(GATES),
-  "start": ("central", "key_norm"),
-  "scale": ("max", "range"),
-  "norm": ("mlerp", "max"),
-  "pooling": ("attention", "max"),
-  "cache": ("mean", "none"),
-  "carriers": (0, 1, 2),
-  "relevance": (0.0, 0.7),
-  "at_once": (2, 3),
-  "iterations": (1, 5),
-  "similar": (0.0, 0.5),
-  "grid": ((2, 3), (2, 2), (1, 4)),
-  "patches": (4, 6),
-  "group": (1, 2),
-  "early": (0.0, 0.9),
-  "margin": (0.2,),
-  "contextual": (0.3, 2),
-  "chunks": (2, 4),
-  "slots": (1, 2),
-  "neighbours": (1, 3),
-  "predictor": (0.5,),
-  "levels": (4,),
-  "alpha": (0.3,),
-  "frames": (2,),
-  "share": (0.5,),
-  "temperature": (0.5,),
-  "name_of": ("memory",),
-  "how": ("mean",),
-  "middle": ("key_norm",),
-  "deep": ("value_norm",),
-}
 NONSENSE = (None, "", "x", 0, -1, 2.5, math.nan, math.inf, True, (), (0,), ((1, 2), (3, 4)), ("a", 1), {"a": 1}, 10**20)
-NAMES = sorted(name for name, cls in REGISTRY.items() if "encoder" in cls.stacks)
 ROWS = {"spa"}  # images of a group share room
 TIED = {26}  # seeds: of two tokens each is as central as the other to `maxmin`, and rounding takes one
 UNEVEN = {"avit", "ats", "spa", "hired", "globalcom2", "prumerge"}  # how many stay is said by the image
-
-
-def pick(rng, values):
-  return values[rng.integers(len(values))]
-
-
-def draw_site(rng, depth):
-  """A site that may be refused."""
-  names = tuple(pick(rng, NAMES) for _ in range(1 if rng.random() < 0.8 else 2))
-  classes = [REGISTRY[name] for name in names]
-  site = dict(reducer=names if len(names) > 1 else names[0])
-  place = pick(rng, classes[0].places) if rng.random() < 0.6 else pick(rng, (classes[0].places[0], pick(rng, PLACES)))
-  layers = [layer for layer in range(depth) if rng.random() < 0.5] or [int(rng.integers(depth))]
-  layers = range(depth) if any(cls.everywhere for cls in classes) else layers
-  layers = layers[:1] if place == "around" and rng.random() < 0.5 else layers
-  site |= dict(place=place) | ({} if place == "output" else dict(layers=tuple(layers)))
-  if place == "around" and len(layers) == 1 and rng.random() < 0.6:
-    site["until"] = int(rng.integers(layers[0], depth))
-  rate = pick(rng, RATES) if rng.random() < 0.5 else "fixed"
-  site |= dict(rate=rate) if rate != "fixed" or rng.random() < 0.1 else {}
-  if rate.endswith("threshold"):
-    site["threshold"] = round(float(rng.uniform(-0.1, 0.3)), 2)
-  if rate == "scheduled":
-    site["schedule"] = (0, 10)
-  if (all(cls.idles for cls in classes) and rate != "learned") or rng.random() < 0.5:
-    site |= draw_count(rng, len(names), 1 if place == "output" else len(layers))
-  if rng.random() < 0.2:
-    site["proportional"] = bool(rng.integers(2))
-  for cls in classes:
-    for option in dataclasses.fields(cls):
-      values = OPTIONS.get(option.name, (True, False) if isinstance(option.default, bool) else ())
-      if values and option.name not in PLACED and rng.random() < 0.4:
-        site[option.name] = pick(rng, values)
-  return site
-
-
-def draw_count(rng, slots, layers):
-  """keep or r, each in one of the forms that a site may say it in."""
-  if rng.random() < 0.25:
-    return dict(r=pick(rng, (1, 2, 3, (2, -1.0), tuple(int(r) for r in rng.integers(0, 4, layers)))))
-  one = lambda: int(rng.integers(3, 14)) if rng.random() < 0.3 else round(float(rng.uniform(0.2, 1.0)), 2)
-  some = lambda: tuple(one() for _ in range(layers)) if rng.random() < 0.3 else one()
-  return dict(keep=some() if slots == 1 else tuple(some() for _ in range(slots)))
 
 
 def drawn(seed):
@@ -130,13 +49,13 @@ def drawn(seed):
   depth, model = int(rng.integers(2, 5)), None
   fixed = dict(variant="mu/4", width=16, depth=depth, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=3)
   while model is None:
-    fields = {field: pick(rng, values) for field, values in MODEL.items() if rng.random() < 0.3}
+    fields = {field: drawing.pick(rng, values) for field, values in MODEL.items() if rng.random() < 0.3}
     model = accepted(dict(model=fixed | fields, sites={}))
   for name in "abc"[: rng.integers(1, 4)]:
     made = None
     while made is None:
       config = model.config.to_dict()
-      made = accepted(config | dict(sites=config["sites"] | {name: draw_site(rng, depth)}))
+      made = accepted(config | dict(sites=config["sites"] | {name: drawing.tower_site(rng, depth)}))
     model = made
   shapes = jax.eval_shape(lambda: model.module.init(RNGS, images(model, 0), mode="mask"))["params"]
   return dataclasses.replace(model, params=parameters(shapes))
@@ -144,16 +63,14 @@ def drawn(seed):
 
 def accepted(config, traced=True):
   """The model, or None; who is refused is told by the name of a field."""
-  try:
+
+  def make():
     model = tokred.build(config)
     if config["sites"] and traced:
       jax.eval_shape(lambda: model.module.init(RNGS, images(model, 0), mode="mask"))
-  except ValueError as error:
-    assert str(error).startswith(("sites.", "config.")), f"{config['model']}, {config['sites']}: {error!r}"
-  except Exception as error:
-    raise AssertionError(f"{config['model']}, {config['sites']}: {error!r}") from error
-  else:
     return model
+
+  return drawing.accepted(make, (config["model"], config["sites"]))
 
 
 RNGS = {"params": jax.random.key(0), "reduce": jax.random.key(1), "dropout": jax.random.key(2)}
@@ -247,7 +164,7 @@ def test_more_drawn_configs_keep_the_laws(seed):
 def test_nonsense_is_refused_by_its_field(seed):
   """One field of a site after the other; what is taken all the same is nobody's error."""
   rng, model = np.random.default_rng(seed), dict(variant="mu/4", width=16, depth=3, num_heads=2)
-  site = draw_site(rng, 3)
+  site = drawing.tower_site(rng, 3)
   names = site["reducer"] if isinstance(site["reducer"], tuple) else (site["reducer"],)
   own = {option.name for name in names for option in dataclasses.fields(REGISTRY[name])} - PLACED - {"parent", "name"}
   for field in sorted({*FIELDS, *own}):
@@ -256,8 +173,4 @@ def test_nonsense_is_refused_by_its_field(seed):
 
 
 if __name__ == "__main__":
-  for number in range(*map(int, sys.argv[1:])):
-    try:
-      check(number)
-    except Exception as problem:
-      print(number, drawn(number).config.sites.to_dict(), repr(problem)[:1000], flush=True)
+  drawing.look(check, sys.argv[1:])

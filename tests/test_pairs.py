@@ -103,10 +103,8 @@ def test_every_pair_fits(first):
 def test_plain_planners_fit(name):
   options = dict(middle="key_norm") if name == "hiprune" else {}
   for other in ("tome", "router"):
-    both = site(name, 1, **options), site(other, 2)
-    for first, second in (both, both[::-1]):
-      layers = dict(a=first | dict(layers=(1,)), b=second | dict(layers=(2,)))
-      module = build(**layers)
+    for layer in (1, 2):
+      module = build(a=site(name, layer, **options), b=site(other, 3 - layer))
       output = traced(module)
       assert [output.aux[f"tokens/{layer}"].shape[1] for layer in range(4)] == list(module.sites.counts())
 
