@@ -89,6 +89,22 @@ def test_macs_by_hand():
   assert cost.macs(gated, Profile((3,), (2,), 2)) == 24 + 20 + 84 + 56 + 28
 
 
+def test_those_who_are_foreseen_to_go_ask_nothing():
+  """147 of 197 tokens go behind attention: their rows of the map, 2 N D each, and of its projection, D^2, are spared.
+
+  The score itself is a row of logits, and the map's exponentials are no multiply-adds: a few percent.  Papers, and
+  `macs`, count all 197.
+  """
+  spared, params = {}, None
+  for score in ("cls_attention", "token_norm"):
+    module = model(dict(a=dict(reducer="topk", layers=(0,), keep=50, score=score)), variant="S/16", depth=1)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    params = params or jax.eval_shape(functools.partial(module.init, jax.random.key(0)), images)
+    spared[score] = cost.measured(lambda p, x, m=module: m.apply(p, x).logits, params, images)
+  expected = 2 * 147 * (2 * 197 * 384 + 384**2)
+  assert 0.97 < (spared["token_norm"] - spared["cls_attention"]) / expected < 1.05
+
+
 def test_min_st_hands_the_whole_gradient_to_every_count():
   value, grads = jax.value_and_grad(lambda n, a, b: 3.0 * cost.min_st(n, (a, b)), argnums=(0, 1, 2))(9.0, 7.0, 5.0)
   assert value == 15.0 and [float(g) for g in grads] == [0.0, 3.0, 3.0]

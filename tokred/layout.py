@@ -189,6 +189,10 @@ class Sites:
     after = self.at(layer + 1, "before", "around") + (self.at(-1, "output") if layer == self.stack.depth - 1 else ())
     return tuple(sorted({need for spot in here + after for need in spot.module(parent=None).needed()}))
 
+  def foreseen(self, layer: int) -> bool:
+    """Whether the first reducer behind attention of this layer decides by its queries, keys and values alone."""
+    return any(spot.module(parent=None).foresees() for spot in self.at(layer, "attn")[:1])
+
   def counts(self) -> tuple[int, ...]:
     """Tokens leaving each block, where counts are static; `output` sites come after the last."""
     return walk(self.stack.depth, self.at, self.stack.num_tokens, lambda spots, n: spots[-1].keep).leaving

@@ -275,3 +275,5 @@ SCORES: dict[str, tuple[Callable[[Tokens], Array], tuple[str, ...]]] = {  # name
   "value_norm": (value_norm, ("value",)),
   "visual_attention": (visual_attention, ("key", "query")),
 }
+# Those that read what attention's queries, keys and values tell, and nothing else.
+FORESEEN = ("cls_attention", "column_mean", "flowcut", "key_norm", "pagerank", "value_norm")

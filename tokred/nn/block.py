@@ -144,8 +144,8 @@ class Block(nn.Module):
     tokens = run(tokens, "before", aux)
     if self.sites.at(layer, "around"):
       tokens, scope = self._enter(tokens, "around", aux, run)
-    tokens = self._attend(tokens, aux, run, keeps, mode, train)
-    tokens = run(tokens, "attn", aux)
+    tokens, acted = self._attend(tokens, aux, run, keeps, mode, train)
+    tokens = run(tokens, "attn", aux, part=slice(acted, None))
     tokens = self._feed(tokens, aux, run, train)
     if scope is not None and "outer" in self.sites.needs(layer):
       tokens = tokens.replace(feats=tokens.feats | {"outer": scope.outer.visible})
@@ -163,8 +163,13 @@ class Block(nn.Module):
     read = lambda what: next((v for name, r in report.items() if name.endswith(what) for v in r.values()), None)
     return inner, Scope(outer, read("/update_weight"), read("/residual"))
 
-  def _attend(self, tokens: Tokens, aux: dict[str, Any], run: Any, keeps: Any, mode: str, train: bool) -> Tokens:
-    """x + MHSA(LN x), with features for the reducers; those ahead of it get the map, and it gets their tokens."""
+  def _attend(
+    self, tokens: Tokens, aux: dict[str, Any], run: Any, keeps: Any, mode: str, train: bool
+  ) -> tuple[Tokens, int]:
+    """x + MHSA(LN x), with features for the reducers; those ahead of it get the map, and it gets their tokens.
+
+    Also, how many reducers at "attn" have acted: one that foresees whom it drops spares them the asking.
+    """
     c, layer, dtype, shape = self.config, self.layer, jnp.dtype(self.config.dtype), self.shape
     mask = tokens.mask if self.sites.masked(layer, mode) else None
     size = tokens.size if self.sites.proportional(layer, mode) else None
@@ -182,15 +187,20 @@ class Block(nn.Module):
         (plan,) = plans.values()
         update = self._ahead(attend, norm, inner, around.outer, (q, k, size, mask), plan, mode)
         feats = inner.feats | ({"update": update} if "update" in needs else {})
-        return merged.replace(x=inner.x + self._drop(update, "1", train), feats=feats)
+        return merged.replace(x=inner.x + self._drop(update, "1", train), feats=feats), 0
       tokens, mask = merged, merged.mask if mode == "mask" or mask is not None else None
       size = merged.size if ahead[0].proportional or size is not None else None
       q, k, v, size, feats = self._look(attend, norm, tokens, size, mask)
     segment = feats.get("state/segment")  # images share a row: it tells who is alive, too
+    early = mode == "gather" and mask is None and segment is None and self.sites.foreseen(layer)
+    if early:
+      tokens = run(tokens.replace(feats=feats | {"asking": q.swapaxes(1, 2)}), "attn", aux, part=slice(0, 1))
+      feats = dict(tokens.feats)
+      q = feats.pop("asking").swapaxes(1, 2)
     heads = attend.mix(q, k, v, size, mask if segment is None else None, segment)
     update = self._scale(attend.out(heads), "1")
     feats |= {"update": update} if "update" in needs else {}
-    return tokens.replace(x=tokens.x + self._drop(update, "1", train), feats=feats)
+    return tokens.replace(x=tokens.x + self._drop(update, "1", train), feats=feats), int(early)
 
   def _look(
     self, attend: Attention, norm: nn.Module, tokens: Tokens, size: Array | None, mask: Array | None
@@ -273,8 +283,8 @@ class Block(nn.Module):
     )
 
 
-def _run(reduce: Any, tokens: Tokens, place: str, aux: dict[str, Any]) -> Tokens:
-  """The spots of a place; adds what they report to `aux`."""
-  tokens, report = reduce(tokens, place)
-  aux.update(report)
+def _run(reduce: Any, tokens: Tokens, place: str, aux: dict[str, Any], **part: slice) -> Tokens:
+  """The spots of a place, or part of them; adds what they report to `aux`."""
+  tokens, report = reduce(tokens, place, **part)
+  aux.update({name: aux.get(name, {}) | values for name, values in report.items()})
   return tokens

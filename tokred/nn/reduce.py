@@ -83,26 +83,32 @@ class Reduce(nn.Module):
 
   @nn.compact
   def __call__(
-    self, tokens: Tokens, place: str, keeps: Mapping[str, Array] | None, *, train: bool, mode: str
+    self,
+    tokens: Tokens,
+    place: str,
+    keeps: Mapping[str, Array] | None,
+    *,
+    train: bool,
+    mode: str,
+    part: slice = slice(None),
   ) -> tuple[Tokens, dict[str, dict[int, Array]]]:
-    """Runs the spots of a place; what they report is under "reduce/<site>/<name>", by the spot's index.
+    """Runs the spots of a place, or `part` of them; what they report is under "reduce/<site>/<name>", by spot's index.
 
     Beside it stands "alive", (B,) int32: tokens of each image that a spot lets through.
     """
     reports = {}
-    for spot in self.spots:
-      if spot.place == place:
-        try:
-          tokens, report = Step(spot, name=spot.child)(tokens, keeps, train=train, mode=mode)
-        except ValueError as error:  # what depends on shapes shows only here, and a reducer does not know its site
-          if str(error).startswith("sites."):
-            raise
-          raise ValueError(f"sites.{spot.site}, layer {spot.layer}: {error}") from error
-        report |= {"alive": _alive(tokens, spot)}
-        for name, value in report.items():
-          if name == "plan" and place != "ahead":
-            continue
-          reports.setdefault(f"reduce/{spot.site}/{name}", {})[spot.index] = value
+    for spot in [spot for spot in self.spots if spot.place == place][part]:
+      try:
+        tokens, report = Step(spot, name=spot.child)(tokens, keeps, train=train, mode=mode)
+      except ValueError as error:  # what depends on shapes shows only here, and a reducer does not know its site
+        if str(error).startswith("sites."):
+          raise
+        raise ValueError(f"sites.{spot.site}, layer {spot.layer}: {error}") from error
+      report |= {"alive": _alive(tokens, spot)}
+      for name, value in report.items():
+        if name == "plan" and place != "ahead":
+          continue
+        reports.setdefault(f"reduce/{spot.site}/{name}", {})[spot.index] = value
     return tokens, reports
 
 

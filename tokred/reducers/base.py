@@ -149,6 +149,13 @@ class Reducer(nn.Module):
     """Features that this instance reads; by default those of its class."""
     return self.needs
 
+  def foresees(self) -> bool:
+    """Whether it drops tokens, at `attn`, by features of attention's queries, keys and values alone.
+
+    In gather mode it then acts before the values are averaged, and those that go ask nothing.
+    """
+    return False
+
   def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     """Multiply-adds of its own where n tokens arrive and `left` leave; differentiable in both."""
     del n, left, width, num_heads

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from tokred.config import nearest
 from tokred.reducers.base import Planner, keep_top, register
 from tokred.reducers.tome import unit
-from tokred.scores import SCORES
+from tokred.scores import FORESEEN, SCORES
 from tokred.tokens import Array, Plan, Tokens, take
 
 STARTS = ("central", "isolated")
@@ -126,6 +126,9 @@ class MaxMin(Planner):
     scored = () if self.start in STARTS else SCORES[self.start][1]
     return tuple(sorted({*valid_metric(self.metric), *scored}))
 
+  def foresees(self) -> bool:
+    return self.metric == "key" and self.start in (*STARTS, *FORESEEN)
+
   def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * n * (width if self.metric == "token" else width / num_heads)
 
@@ -172,6 +175,9 @@ class MMR(Planner):
     if self.at_once < 1:
       raise ValueError(f"at_once={self.at_once} must be at least 1")
     return tuple(sorted({*valid_metric(self.metric), *SCORES[self.score][1]}))
+
+  def foresees(self) -> bool:
+    return self.metric == "key" and self.score in FORESEEN
 
   def macs(self, n: float, left: float, width: int, num_heads: int) -> float:
     return n * n * (width if self.metric == "token" else width / num_heads)

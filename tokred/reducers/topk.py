@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from tokred.config import nearest
 from tokred.reducers.base import Planner, keep_top, num_kept, ranks, register
-from tokred.scores import SCORES
+from tokred.scores import FORESEEN, SCORES
 from tokred.tokens import Array, Plan, Tokens, inverse
 
 
@@ -42,6 +42,9 @@ class TopK(Planner):
     if self.fuse and self.score != "cls_attention":
       raise ValueError(f"fuse=True weighs with score='cls_attention', not {self.score!r}")
     return SCORES[self.score][1]
+
+  def foresees(self) -> bool:
+    return not self.fuse and self.score in FORESEEN
 
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     score = SCORES[self.score][0](tokens)

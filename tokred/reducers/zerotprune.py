@@ -62,6 +62,9 @@ class ZeroTPrune(Planner):
       raise ValueError(f"similar={self.similar} must be in [0.0, 1.0]")
     return tuple(sorted({*(valid_metric(self.metric) if self.similar else ()), f"pagerank_{self._rounds()}"}))
 
+  def foresees(self) -> bool:
+    return self.metric == "key"
+
   def _rounds(self) -> int:
     return self.iterations or (30, 5, 1)[min(3 * self.layer // self.depth, 2)]
 
