@@ -25,10 +25,11 @@ SITES = {  # cut with a fused rest, merge, route, loops, and what has a shape of
   "kmeans": dict(merge=dict(reducer="kmeans", layers=(1,), keep=0.6)),
 }
 MORE = {
+  "autoencoder": dict(cut=dict(reducer="autoencoder", place="output", keep=0.6)),
   **{name: dict(cut=dict(reducer="topk", layers=(1,), keep=0.6, score=name)) for name in ("pagerank", "repr_shift")},
   **{
     name: dict(cut=dict(reducer=name, layers=(1,), keep=0.6))
-    for name in "gumbel pitome tofu mctf dpcknn maxmin mmr zerotprune transforming autoencoder".split()
+    for name in "gumbel pitome tofu mctf dpcknn maxmin mmr zerotprune transforming".split()
   },
 }
 IMAGES = np.random.default_rng(0).standard_normal((3, 8, 8, 1)).astype(np.float32)
