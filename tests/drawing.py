@@ -1,6 +1,10 @@
-"""Sites drawn at random, for a tower or a language model; most of them are refused."""
+"""Sites drawn at random, for a tower or a language model, most of which are refused; and parameters."""
 
 import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from tokred import drafts, layout, rates
 from tokred.nn import budget
@@ -141,6 +145,17 @@ def draw_options(rng, cls, options, **chances):
     if values and option.name not in drafts.PLACED and rng.random() < chances.get(option.name, 0.4):
       drawn[option.name] = pick(rng, values)
   return drawn
+
+
+def parameters(shapes, seed=5):
+  """Drawn without a compilation: no two scores are tied, and attention prefers some tokens to others."""
+  rng = np.random.default_rng(seed)
+
+  def value(path, leaf):
+    values = rng.normal(size=leaf.shape) / np.sqrt(max(leaf.shape[0], 4) if leaf.shape else 4)
+    return jnp.asarray(values + ("scale" in jax.tree_util.keystr(path)), leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(value, shapes)
 
 
 def accepted(make, what):

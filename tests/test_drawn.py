@@ -58,7 +58,7 @@ def drawn(seed):
       made = accepted(config | dict(sites=config["sites"] | {name: drawing.tower_site(rng, depth)}))
     model = made
   shapes = jax.eval_shape(lambda: model.module.init(RNGS, images(model, 0), mode="mask"))["params"]
-  return dataclasses.replace(model, params=parameters(shapes))
+  return dataclasses.replace(model, params=drawing.parameters(shapes))
 
 
 def accepted(config, traced=True):
@@ -79,17 +79,6 @@ RNGS = {"params": jax.random.key(0), "reduce": jax.random.key(1), "dropout": jax
 def images(model, seed):
   c = model.config.model
   return np.random.default_rng(seed).normal(size=(BATCH, *c.image_size, c.channels)).astype(np.float32)
-
-
-def parameters(shapes, seed=5):
-  """Drawn without a compilation: no two scores are tied, and attention prefers some tokens to others."""
-  rng = np.random.default_rng(seed)
-
-  def value(path, leaf):
-    values = rng.normal(size=leaf.shape) / np.sqrt(max(leaf.shape[0], 4) if leaf.shape else 4)
-    return jnp.asarray(values + ("scale" in jax.tree_util.keystr(path)), leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(value, shapes)
 
 
 def check(seed, gradient=True):

@@ -13,12 +13,11 @@ import jax
 import numpy as np
 import pytest
 from golden import quick
-from test_drawn import parameters
 
 import tokred
 from tokred import tokens as tk
+from tokred.drafts import POSITIONS
 from tokred.nn import placeholders
-from tokred.nn.stacks import TOWER_POSITIONS
 
 IMAGE, PATCHES, DEPTH, NEW = 3, 16, 3, 3
 MODEL = dict(name="vlm", variant="mu/4", image_size=(16, 16), num_classes=0, depth=DEPTH)
@@ -55,11 +54,11 @@ def drawn(seed):
     while made is None:
       site = draw(rng, DEPTH)
       if name == "tower" and rng.random() < 0.3:
-        site["position"] = drawing.pick(rng, TOWER_POSITIONS)
+        site["position"] = drawing.pick(rng, POSITIONS)  # virtual goes with no site of the text
       more = config | dict(sites=config["sites"] | {name: site})
       made = drawing.accepted(functools.partial(shaped, more), more["sites"])
     config = more
-  return dataclasses.replace(made[0], params=parameters(made[1]))
+  return dataclasses.replace(made[0], params=drawing.parameters(made[1]))
 
 
 def shaped(config):
@@ -102,7 +101,7 @@ def check(seed):
     return  # what a millionth of the pixels turns over is a tie, which rounding decides
   sites, text = model.config.sites.to_dict(), mask & (ids != IMAGE)
   close = functools.partial(np.testing.assert_allclose, atol=2e-4, rtol=2e-4)
-  if all(spot.position == "original" for spot in (*module.sites.spots, *module.llm.sites.spots)):
+  if {module.position, *(spot.position for spot in module.llm.sites.spots)} == {"original"}:
     close(masked[text], full[text], err_msg=f"masked: {sites}")
   close(own[0][text[0][mask[0]]], full[0][text[0]], err_msg=f"alone: {sites}")
   for step, logits in enumerate(decoded):
