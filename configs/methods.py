@@ -14,9 +14,11 @@ layer that `dyt` ships (of a run of train.py: `python -m tokred.calibrate --meth
 variant=S/16,image_size=224,classes=1000 --workdir=runs/released --config.init=deit_small.safetensors \
     --config.model.position=learned
 
-`ltmp` learns thresholds, with which each image keeps another number of tokens: what such a run costs is the mean that
-eval.py tells under "sites", while "counts" and "gflops" are those of an image that keeps them all.  The sweep makes the
-means fixed counts, scaled to the budget.
+`ltmp` and the `tome_threshold`s have thresholds, with which each image keeps another number of tokens: what such a run
+costs is the mean that eval.py tells as "mean_gflops", while "counts" and "gflops" are those of an image that keeps them
+all, and of the shapes that run.  The sweep makes ltmp's mean counts fixed ones, scaled to the budget; of the others it
+moves the thresholds until the mean image meets the budget (a run of train.py: `python -m tokred.calibrate
+--method=by_shift`), and reports what the images cost in the mean.
 
 Accuracy expected on digits at 0.6 of the FLOPs, in percent, from configs/sweep.py:dataset=digits,steps=200 (mean over
 three seeds where something is trained; one of 360 images is 0.28):
@@ -37,6 +39,8 @@ three seeds where something is trained; one of 360 images is 0.28):
 | diffrate, diffrate_alone | prune and merge, counts learned; the counts alone, as its authors do | yes | 99.1, 95.8 |
 | diffrate_released | its authors' counts for DeiT-S at 224 (schedule=deit_s_2.3g, deit_s_2.9g) | yes | not run |
 | tome_learned, tome_learned_half | ToMe, counts learned, from those by hand; from half of all | yes | 99.2, 99.2 |
+| tome_threshold | ToMe by one threshold for all layers, images have counts of their own | none | not run |
+| tome_threshold_learned | the same, a learned threshold for each layer | yes | not run |
 | ltmp | merges what is alike and drops what is ignored, by a learned threshold each | yes | 99.6 |
 | evit, evit_scheduled | cls attention, the rest fused; counts that fall over half of the training | yes | 98.8, 99.4 |
 | evit_drop | cls attention, the rest dropped | yes | 98.8 |
@@ -71,6 +75,8 @@ FRESH = dict(optim=dict(multipliers=((r".*/reduce/.*", 20.0),)))
 CALM = dict(model=dict(gate_cap=30.0))  # tokens that are switched off teach less
 RATE = CALM | dict(optim=dict(multipliers=((r".*/rate/.*", 100.0),)), loss=dict(budget=20.0), freeze=0.4, tune=True)
 
+# Images have counts of their own, and only in the mean the cost of the budget.  Many are needed to know the mean.
+EACH = dict(search="by_shift", settle="by_shift", calibrate=dict(split="train[:1024]"))
 LTMP = dict(score="column_mean", raster=True, rate="learned_threshold", threshold=(-0.9, 0.0), softness=0.02)
 
 
@@ -128,6 +134,13 @@ METHODS: dict[str, dict[str, Any]] = {
   "tome_learned": dict(sites=dict(tokens=dict(reducer="tome", layers="every", rate="learned", initial="budget")))
   | RATE,
   "tome_learned_half": dict(sites=dict(tokens=dict(reducer="tome", layers="every", rate="learned"))) | RATE,
+  "tome_threshold": _one("dymu_merge", "every", rate="threshold", threshold=-0.9, keep=1.0) | EACH,
+  "tome_threshold_learned": _one(
+    "dymu_merge", "every", tune=True, rate="learned_threshold", threshold=-0.9, softness=0.02
+  )
+  | CALM
+  | dict(optim=dict(multipliers=((r".*/rate/.*", 3.0),)), loss=dict(budget=20.0))
+  | EACH,
   # A threshold for each block, merging before pruning (Bonnaerens & Dambre, 2023, arXiv:2307.10780).  Pairs that are
   # more alike than theta merge, and tokens to which less than theta' of the attention goes are dropped; they start at
   # 0.9 and 0.  The authors' softness is 0.1, many times the attention that a token gets.  One moves by tenths, the

@@ -245,6 +245,26 @@ def test_later_layers_see_what_earlier_ones_leave(monkeypatch, model, batches):
   assert calibrate.by_threshold(model, images, budget + 1e-6).sites.tokens.keep == (13, 9)
 
 
+@pytest.mark.parametrize("rate", ["threshold", "learned_threshold"])
+def test_thresholds_are_moved_until_the_mean_image_meets_the_budget(monkeypatch, model, batches, rate):
+  """Thresholds 0 and 1 and a shift of d: patches i + b >= d go on behind block 0, and i - 8 >= 1 + d behind block 1."""
+  site = dict(reducer="known", layers=(0, 1), rate=rate, threshold=(0.0, 1.0), place="mlp")
+  site |= dict(keep=1.0) if rate == "threshold" else dict(softness=0.5)
+  model = known(monkeypatch, model).with_sites(dict(tokens=site))
+  images = [dict(image=batches[0]["image"], mask=np.arange(8) < 3)]
+  # 3 < d <= 4: 13, 14 and 15 patches and CLS; behind block 1 patches 13 to 16 of all.
+  costs = [macs((17, 14 + b), (17, 5)) / macs((17, 17), (17, 17)) for b in range(3)]
+  config = calibrate.by_shift(model, images, np.mean(costs) + 1e-6)
+  first, second = config.sites.tokens.threshold
+  assert 3 < first <= 4 and second - first == pytest.approx(1.0, abs=1e-5) and config.is_locked
+  assert config.sites.tokens.rate == rate and config.sites.tokens.reducer == "known"
+  assert max(calibrate.by_shift(model, images, 1.0).sites.tokens.threshold) <= -7.0  # all pass
+  with pytest.raises(ValueError, match=r"cannot go down to budget=0.5 of the dense cost, only to 0\.\d+"):
+    calibrate.by_shift(model, images, 0.5)
+  with pytest.raises(ValueError, match=r"thresholds of \[\] cannot be moved .* valid: one site of one reducer"):
+    calibrate.by_shift(model.with_sites({}), images, 0.5)
+
+
 def test_thresholds_become_mean_counts(monkeypatch, model, batches):
   """One for each layer, as training left them; what is behind an image's padding does not count."""
   sites = dict(tokens=dict(reducer="known", layers=(0, 1), keep=1.0, rate="threshold", threshold=(4.5, 5.0)))

@@ -101,6 +101,23 @@ def test_counts_are_of_the_images_alone(model, mode):
   assert one["sites"] == many["sites"] == eight["sites"] and one["counts"] == many["counts"] == eight["counts"]
 
 
+@pytest.mark.parametrize("mode", ["gather", "mask"])
+def test_what_images_cost_by_their_own_tokens(model, mode):
+  """By hand: a block costs 4 N 16^2 + 2 N^2 16 for attention and 2 N 16 32 for the MLP; 16 patches of 4 pixels."""
+  cut = dict(reducer="topk", layers=(0,), place="attn", score="token_norm", rate="threshold", threshold=4.5, keep=1.0)
+  ragged = model.with_sites(dict(cut=cut))
+  images = np.concatenate([batch["image"][batch["mask"]] for batch in batches()])
+  n = np.asarray(ragged.inspect(images).tokens.alive.sum(1), np.float64)
+  assert len(set(n.tolist())) > 2
+  block = lambda attention, mlp: 4 * attention * 256 + 2 * attention**2 * 16 + 2 * mlp * 16 * 32
+  by_hand = 16 * 4 * 16 + 16 * 10 + block(17, n) + block(n, n)
+  result = run(ragged.module, ragged.params, batches(), mode)
+  gmacs, gflops = result["mean_gmacs"], result["mean_gflops"]
+  assert gmacs == pytest.approx(by_hand.mean() / 1e9, rel=1e-6) and gmacs < ragged.macs / 1e9
+  assert 2 * gmacs < gflops < ragged.flops / 1e9
+  assert "mean_gmacs" not in run(model.module, model.params, batches(), mode)
+
+
 def test_counts_of_images_that_share_a_row():
   """Two images and two of padding: where room is for all, each one's count is of those that want to go in."""
   sites = dict(go=dict(reducer="spa", layers=(0,), keep=1.0, group=4))

@@ -184,6 +184,23 @@ def test_learned_thresholds_become_counts(swept, tmp_path):
   assert last <= before < 17
 
 
+@pytest.mark.parametrize("method", ["tome_threshold", "tome_threshold_learned"])
+def test_images_have_counts_of_their_own(method, swept, tmp_path, monkeypatch):
+  """What they cost in the mean is the budget; training begins where untrained thresholds would meet it."""
+  c = config(methods=(method,), budgets=(0.8,), init=str(swept[0] / "dense"))
+  with c.unlocked():
+    c.bench.rounds = 0
+  began, train = [], sweep.train
+  monkeypatch.setattr(sweep, "train", lambda made, folder: [began.append(made), train(made, folder)][1])
+  (row,) = sweep.run(c, tmp_path)
+  assert row["share"] == pytest.approx(0.8, abs=0.02) and row["trained"] == len(began)
+  counts = [float(count) for count in row["counts"].split()]
+  assert counts[0] == 17.0 and counts == sorted(counts, reverse=True) and any(count % 1 for count in counts)
+  for made in began:
+    first = set(made.sites.tokens.threshold)
+    assert made.sites.tokens.rate == "learned_threshold" and len(first) == 1 and first != {-0.9}
+
+
 def test_rates_that_learn_to_the_end_cost_their_budget(swept, tmp_path):
   c = config(methods=("diffrate_alone",), budgets=(0.8,), init=str(swept[0] / "dense"))
   with c.unlocked():
@@ -266,8 +283,7 @@ def test_every_method_with_its_reducer_builds():
     made = sweep.recipe(c, name, 0.6, 0)
     model = tokred.build(made)
     assert made.to_dict().keys() == default().to_dict().keys()
-    learned = {site.get("rate") for site in made.sites.to_dict().values()} & set(
-      LEARNED
-    )  # counts that are not known yet
-    if not learned and name != "dense":
+    rates = {site.get("rate") for site in made.sites.to_dict().values()}
+    later = rates & {*LEARNED, "threshold"}  # counts that are not known yet
+    if not later and name != "dense":
       assert 0.5 < model.macs / tokred.build(c.dense).macs <= 0.6, name

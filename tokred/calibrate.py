@@ -3,7 +3,8 @@
 `greedy` and `sigmoid` try counts on images, in the manner of G-Search and P-Sigmoid (Zhao et al., 2024,
 arXiv:2412.00556, there for language models): the baselines that learned rates must beat.  Both run one compiled program
 in mask mode whose counts are an input.  `by_threshold` reads off a trained model how many tokens each of its layers has
-learned to keep, and `by_mean` how many its thresholds leave.  `arank` tells which layers of a language model few tokens
+learned to keep, and `by_mean` how many its thresholds leave.  `by_shift` moves thresholds, with which each image has
+counts of its own, until the mean image costs the budget.  `arank` tells which layers of a language model few tokens
 need.
 
   python -m tokred.calibrate --workdir=runs/dyt --method=by_threshold --budget=0.6 --output=runs/dyt_0.6
@@ -24,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from tokred import losses
+from tokred import cost, losses
 from tokred.arank import arank as arank
 from tokred.arank import converted as converted
 from tokred.arank import rank_of as rank_of
+from tokred.config import complete
 from tokred.data import eval_batches
 from tokred.layout import Spot
 from tokred.model import Model, build, without_sites
@@ -149,11 +151,11 @@ def by_threshold(model: Model, batches: Iterable[Mapping[str, Any]], budget: flo
   module, spots = _searchable(model)
   if len(kinds := sorted({(spot.site, spot.reducer) for spot in spots})) > 1:
     raise ValueError(f"scores of {kinds} have no threshold in common; valid: one site of one reducer")
-  passing = _passing(model, spots[0].site, batches)
+  passing = _passing(model, spots, batches, keeping_all(model.config.sites[spots[0].site]))
 
   rounded = lambda means: reached(module, spots, [round(mean) for mean in means])
-  all_pass, lowest, _ = passing(-math.inf)
-  none_pass, _, highest = passing(math.inf)
+  all_pass, _, (lowest, _) = passing(-math.inf)
+  none_pass, _, (_, highest) = passing(math.inf)
   if (least := share(module, spots, rounded(none_pass))) > budget:
     raise ValueError(f"the sites cannot go down to budget={budget} of the dense cost, only to {least:.3f}")
   if share(module, spots, rounded(all_pass)) <= budget:
@@ -195,6 +197,45 @@ def by_mean(model: Model, batches: Iterable[Mapping[str, Any]], budget: float) -
   return at_target(dataclasses.replace(build(config), params=model.params), names, budget)
 
 
+def by_shift(model: Model, batches: Iterable[Mapping[str, Any]], budget: float, halvings: int = 30) -> ConfigDict:
+  """The thresholds, all moved by one number, at which an image costs the budget in the mean, each by its own counts.
+
+  Before a training with rate="learned_threshold" these are the thresholds that it starts from.
+
+  Args:
+    model: with one site of one reducer whose rate is "threshold" or "learned_threshold".
+    batches: see `greedy`; a thousand images or more, for each costs something else.
+    budget: share of the dense multiply-adds, in (0, 1).
+    halvings: of the span of all scores.
+
+  Returns:
+    `model.config` with other thresholds.
+
+  Raises:
+    ValueError: there are no thresholds, or those of several reducers, or the site cannot reach the budget.
+  """
+  spots = [spot for spot in model.module.sites.spots if spot.rate.endswith("threshold")]
+  if len(kinds := sorted({(spot.site, spot.reducer) for spot in spots})) != 1:
+    raise ValueError(
+      f"thresholds of {kinds} cannot be moved by one number; valid: one site of one reducer with rate='threshold' or "
+      "'learned_threshold'"
+    )
+  name, first = spots[0].site, np.array([spot.threshold for spot in spots], np.float32)
+  passing = _passing(model, spots, batches, tuple(spot.keep for spot in spots))
+  _, most, (lowest, _) = passing(-math.inf)
+  _, least, (_, highest) = passing(math.inf)
+  if least > budget:
+    raise ValueError(f"the sites cannot go down to budget={budget} of the dense cost, only to {least:.3f}")
+  low, high = lowest - first.max(), np.nextafter(highest, np.float32(np.inf)) - first.min()  # all pass, none does
+  for _ in range(halvings if most > budget else 0):
+    middle = (low + high) / 2
+    low, high = (low, middle) if passing(first + middle)[1] <= budget else (middle, high)
+  moved = first + np.float32(high if most > budget else low)
+  config = model.config.to_dict()
+  config["sites"][name] |= {"threshold": tuple(moved.tolist())}
+  return complete(config)
+
+
 def divergence(model: Model, batches: Iterable[Mapping[str, Any]]) -> Callable[[Sequence[int]], float]:
   """counts -> mean KL(dense || reduced) over the images; one program, however many counts are tried.
 
@@ -222,28 +263,39 @@ def divergence(model: Model, batches: Iterable[Mapping[str, Any]]) -> Callable[[
 
 
 def _passing(
-  model: Model, site: str, batches: Iterable[Mapping[str, Any]]
-) -> Callable[[float], tuple[list[float], float, float]]:
-  """t -> tokens of score >= t out of each spot, mean over images, and the lowest and the highest score there was."""
-  config = model.config.to_dict()
+  model: Model, decided: Sequence[Spot], batches: Iterable[Mapping[str, Any]], capacity: Any
+) -> Callable[[Any], tuple[list[float], float, tuple[float, float]]]:
+  """t -> tokens of score >= t out of each spot, and what they cost of the dense model, both in the mean of the images;
+  and the lowest and the highest score there was.
+
+  Args:
+    model: with parameters.
+    decided: the spots, all of one site, for which `t` decides, a number or one a spot.
+    batches: see `greedy`.
+    capacity: `keep` of their site.
+  """
+  config, site = model.config.to_dict(), decided[0].site
   fields = {name: value for name, value in config["sites"][site].items() if name not in ("r", "schedule")}
-  config["sites"][site] = fields | dict(rate="threshold", threshold=0.0, keep=keeping_all(fields))  # all may pass
+  config["sites"][site] = as_fixed(fields) | dict(rate="threshold", threshold=0.0, keep=capacity)
   module = build(config).module
-  images = _images(batches)
+  spots = [spot for spot in module.sites.spots if spot.site == site]
+  images, dense = _images(batches), losses.dense_macs(module)
   examples = sum(map(len, images))
 
   @jax.jit
   def look(params: Any, image: Any, t: Any) -> Any:
-    keeps = {site: (Threshold(t, module.shape.num_tokens),) * len(module.sites.spots)}
+    values = jnp.broadcast_to(t, len(spots))
+    keeps = {site: tuple(Threshold(value, spot.keep) for value, spot in zip(values, spots, strict=True))}
     aux = module.apply({"params": params}, image, mode="mask", keeps=keeps).aux
-    every = lambda name: jnp.stack([aux[f"reduce/{site}/{name}"][spot.index] for spot in module.sites.spots])
+    every = lambda name: jnp.stack([aux[f"reduce/{site}/{name}"][spot.index] for spot in spots])
     score = every("score")
     known = jnp.isfinite(score)
-    return every("count") * len(image), jnp.where(known, score, jnp.inf).min(), jnp.where(known, score, -jnp.inf).max()
+    span = jnp.where(known, score, jnp.inf).min(), jnp.where(known, score, -jnp.inf).max()
+    return every("count") * len(image), cost.of_each(module, aux).sum() / dense, *span
 
-  def run(t: float) -> tuple[list[float], float, float]:
-    counts, low, high = zip(*(look(model.params, image, t) for image in images), strict=True)
-    return (np.sum(counts, 0) / examples).tolist(), float(min(low)), float(max(high))
+  def run(t: Any) -> tuple[list[float], float, tuple[float, float]]:
+    counts, price, low, high = zip(*(look(model.params, image, t) for image in images), strict=True)
+    return (np.sum(counts, 0) / examples).tolist(), float(np.sum(price) / examples), (float(min(low)), float(max(high)))
 
   return run
 
@@ -276,7 +328,7 @@ def _logistic(x: float) -> float:
   return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
 
-METHODS = {"greedy": greedy, "sigmoid": sigmoid, "by_threshold": by_threshold, "by_mean": by_mean}
+METHODS = {"greedy": greedy, "sigmoid": sigmoid, "by_threshold": by_threshold, "by_mean": by_mean, "by_shift": by_shift}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

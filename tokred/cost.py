@@ -113,6 +113,18 @@ def of(module: Any, price: Any = macs, counts: Any = None) -> Any:
   return total + (2.0 if price is flops else 1.0) * rest
 
 
+def of_each(module: Any, aux: Any, price: Any = macs) -> Any:
+  """What each image costs by its own tokens, (B,) float32; where all keep the same number it is what the model costs.
+
+  Args:
+    module: a ViT with sites.
+    aux: what its pass reported.
+    price: `macs` or `flops`.
+  """
+  alive = {spot.site: aux[f"reduce/{spot.site}/alive"] for spot in module.sites.spots}
+  return jax.vmap(lambda counts: of(module, price, counts))(alive)
+
+
 def prompt(module: Any, profile: Profile | None = None, counts: Any = None) -> Any:
   """Tokens in each layer of a VLM's language model: `tokred.nn.budget.Lengths` of `prompt` tokens of text and an image.
 

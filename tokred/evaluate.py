@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from tokred import sharding, vqa
+from tokred import cost, sharding, vqa
 from tokred import tokens as tk
 from tokred.data import feed, to_device
 from tokred.layout import walk
@@ -23,6 +23,8 @@ from tokred.nn.vlm import VLM, Known
 @functools.lru_cache(maxsize=8)
 def eval_step(module: ViT, mode: str) -> Any:
   """Jitted (params, batch) -> sums over the examples that are not padding."""
+  ragged = any(spot.ragged for spot in module.sites.spots)
+  prices = {"mean_gflops": cost.flops, "mean_gmacs": cost.macs} if ragged else {}
 
   def step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     output = module.apply({"params": params}, batch["image"], mode=mode)
@@ -33,7 +35,7 @@ def eval_step(module: ViT, mode: str) -> Any:
     rank = rank + ties.sum(1)  # argmax takes the first of equals
     rank = jnp.where(jnp.isnan(output.logits).any(1), output.logits.shape[1], rank)  # is no answer
     loss = optax.softmax_cross_entropy_with_integer_labels(output.logits, batch["label"])
-    counts = output.counts if mode == "gather" else leaving(module, output.aux)
+    counts = leaving(module, output.aux) if ragged or mode == "mask" else output.counts
     return {
       "examples": mask.sum(),
       "right": ((rank < 1) * mask).sum(),
@@ -41,6 +43,7 @@ def eval_step(module: ViT, mode: str) -> Any:
       "loss": jnp.where(batch["mask"], loss, 0).sum(),
       "counts": jnp.stack([(count * mask).sum() for count in counts]),
       "sites": counts_by_site(module, output.aux, mask),
+      "costs": {name: (cost.of_each(module, output.aux, price) * mask).sum() / 1e9 for name, price in prices.items()},
     }
 
   return jax.jit(step)
@@ -135,6 +138,7 @@ def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode
   Returns:
     accuracy (0 to 1), accuracy_top5, loss (mean cross-entropy), examples, counts (tokens leaving each block) and sites
     (tokens that each site lets through, by "<site>/<layer>"), both means over images; padding counts for nothing.
+    Where images keep different numbers of tokens also mean_gflops and mean_gmacs: what they cost by their own tokens.
 
   Raises:
     ValueError: there are no examples.
@@ -156,7 +160,7 @@ def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode
     "examples": int(examples),
     "counts": [round(float(c) / examples, 2) for c in sums["counts"]],
     "sites": {name: round(float(c) / examples, 2) for name, c in sums["sites"].items()},
-  }
+  } | {name: float(c) / examples for name, c in sums["costs"].items()}
 
 
 def counts_by_site(

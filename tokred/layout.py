@@ -66,6 +66,11 @@ class Spot:
     return self.rate == "fixed" and self.keep >= self.arriving and not around and self.type.idles
 
   @property
+  def ragged(self) -> bool:
+    """Whether images keep different numbers of tokens; `keep` is then a capacity."""
+    return self.rate.endswith("threshold") or self.type.ragged
+
+  @property
   def wanted(self) -> float:
     """What a selector's "kept_share" is held at: a share of the input's unprotected tokens, or of those that arrive."""
     if self.type.from_input:
@@ -158,8 +163,7 @@ class Sites:
 
   def masked(self, layer: int, mode: str) -> bool:
     """Whether attention of this layer may meet dead tokens: in gather mode only where images keep different counts."""
-    ragged = lambda spot: spot.rate.endswith("threshold") or spot.type.ragged
-    return any(mode == "mask" or ragged(spot) for spot in self._before(layer))
+    return any(mode == "mask" or spot.ragged for spot in self._before(layer))
 
   def proportional(self, layer: int, mode: str) -> bool:
     """Whether log(size) biases attention of this layer; not where nobody acts who could have changed a size.

@@ -163,7 +163,7 @@ def _one(
   print(f"sweep: {name} at {budget}, seed {seed}", flush=True)
   if search := method.get("search", ""):
     model = dataclasses.replace(loading.load(init, sites=made.sites.to_dict()), config=made)
-    made = getattr(calibrate, search)(model, _calibration(config, made), budget)
+    made = _found(search, model, config, method, budget)
   if trained:
     folder = workdir / "runs" / f"{name}-{budget:g}-{seed}-{digest}"
     result = train(made, folder)
@@ -172,11 +172,10 @@ def _one(
     model = _on_data(loading.load(init, sites=made.sites.to_dict()), made)
     result = tokred_evaluate.evaluate(model, mode="gather") | {"seconds": 0.0}
   if settle := method.get("settle", ""):  # the weights are there now, and tell how many each layer needs
-    model = model.with_sites(getattr(calibrate, settle)(model, _calibration(config, made), budget).sites.to_dict())
+    model = model.with_sites(_found(settle, model, config, method, budget).sites.to_dict())
     result |= tokred_evaluate.evaluate(model, mode="gather")
   row = dict(zip(KEY, (name, budget, seed), strict=True)) | {"trained": int(trained), "digest": digest}
-  row |= {"accuracy": result["accuracy"], "gflops": model.flops / 1e9, "share": model.macs / dense.macs}
-  row |= {"counts": " ".join(map(str, model.counts)), "seconds": (done or result)["seconds"]}
+  row |= {"accuracy": result["accuracy"], "seconds": (done or result)["seconds"]} | _cost(model, dense, result)
   row |= {"steps": made.train.steps if trained else 0} | _speed(config, model, dense)
 
   def goes_with(other: Mapping[str, Any]) -> bool:
@@ -189,6 +188,15 @@ def _one(
 
   write(workdir, [*filter(goes_with, read(workdir / "results.csv")), row])
   return row
+
+
+def _cost(model: Model, dense: Model, result: Mapping[str, Any]) -> dict[str, Any]:
+  """Of the shapes that run; of thresholds, with which each image has counts of its own, the mean of what these cost."""
+  if any(spot.rate == "threshold" for spot in model.module.sites.spots):
+    counts, gflops, macs = result["counts"], result["mean_gflops"], 1e9 * result["mean_gmacs"]
+  else:
+    counts, gflops, macs = model.counts, model.flops / 1e9, model.macs
+  return {"gflops": gflops, "share": macs / dense.macs, "counts": " ".join(f"{count:.4g}" for count in counts)}
 
 
 def _speed(config: ConfigDict, model: Model, dense: Model) -> dict[str, Any]:
@@ -235,10 +243,17 @@ def _on_data(model: Model, config: ConfigDict) -> Model:
   return dataclasses.replace(model, config=complete(model.config.to_dict() | {"data": config.data.to_dict()}))
 
 
-def _calibration(config: ConfigDict, made: ConfigDict) -> Iterable[dict[str, Any]]:
-  m, c = made.model, config.calibrate
-  common = dict(image_size=m.image_size, channels=m.channels, num_classes=m.num_classes)
-  return tokred_data.eval_batches(made.data, c.split, batch_size=c.batch_size, **common)
+def _found(search: str, model: Model, config: ConfigDict, method: Mapping[str, Any], budget: float) -> ConfigDict:
+  """The model's config with what a search of `calibrate` has found on images."""
+  m, images = model.config.model, _images(config, method)
+  sizes = dict(image_size=m.image_size, channels=m.channels, num_classes=m.num_classes)
+  batches = tokred_data.eval_batches(model.config.data, images["split"], batch_size=images["batch_size"], **sizes)
+  return getattr(calibrate, search)(model, batches, budget)
+
+
+def _images(config: ConfigDict, method: Mapping[str, Any]) -> dict[str, Any]:
+  """Split and batch size of what a method's searches look at."""
+  return config.calibrate.to_dict() | dict(method.get("calibrate", {}))
 
 
 def _digest(config: ConfigDict, made: ConfigDict, method: Mapping[str, Any], trained: bool) -> str:
@@ -246,7 +261,8 @@ def _digest(config: ConfigDict, made: ConfigDict, method: Mapping[str, Any], tra
   full = made.to_dict() | {"init": config.init}
   full["data"] = {name: value for name, value in full["data"].items() if name not in ("data_dir", "num_workers")}
   full |= {"dense": config.dense.train.to_dict(), "trained": trained}
-  search, settle, images = method.get("search", ""), method.get("settle", ""), config.calibrate.to_dict()
+  search, settle = method.get("search", ""), method.get("settle", "")
+  images = _images(config, method)
   full |= {"search": (search, images) if search else ""}
   full |= {"settle": (settle, images)} if settle else {}  # others keep the names that they had before there was such
   return hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()[:8]

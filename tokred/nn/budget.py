@@ -158,7 +158,7 @@ def capacities(sites: Sites, slots: int, known: Census, more: bool = False) -> t
       through, kept = min(n, keep), max(min(free, keep - known.text), 0)
     out.append(through)
     if spot.place != "around":  # who goes round is back
-      n, free = through, 0 if spot.type.ragged or spot.rate == "threshold" else kept
+      n, free = through, 0 if spot.ragged else kept
   return tuple(out)
 
 

@@ -71,7 +71,7 @@ class Step(nn.Module):
     """Tokens that are left of an image, in the mean of the batch."""
     if isinstance(keep, rates.Rows):
       return keep.count.astype(jnp.float32).mean()
-    if self.spot.rate != "threshold" and "kept_share" not in report and not self.spot.type.ragged:
+    if not self.spot.ragged and "kept_share" not in report:
       return jnp.asarray(keep, jnp.float32)
     return tokens.mask.astype(jnp.float32).sum(1).mean() / tokens.images
 

@@ -107,7 +107,7 @@ class VLM(nn.Module):
       mode: "mask" or "gather".
     """
     kept = self.left(mode)
-    ragged = any(spot.rate.endswith("threshold") or spot.type.ragged for spot in self.tower.sites.spots)
+    ragged = any(spot.ragged for spot in self.tower.sites.spots)
     return np.maximum(used - max(patches - kept, 0), 0) * (not ragged), np.minimum(used, kept)
 
   @nn.nowrap
