@@ -317,6 +317,14 @@ def test_the_command_writes_a_model_with_its_counts(tmp_path, capsys):
   assert found.config.sites == want and found.macs <= 0.7 * tokred.build(CONFIG).macs
   assert str(found.counts) in capsys.readouterr().out
   np.testing.assert_array_equal(found(batches[0]["image"]).logits, model.with_sites(want)(batches[0]["image"]).logits)
+  cut = model.with_sites(site(rate="threshold", threshold=0.0, keep=1.0, layers=(0,)))
+  tokred.export.save(cut, tmp_path / "cut", ("orbax",))
+  calibrate.main(ask(workdir=tmp_path / "cut", method="by_shift", budget=0.8, output=tmp_path / "moved", images=80))
+  want, moved = calibrate.by_shift(cut, batches, 0.8).sites, tokred.load(tmp_path / "moved")
+  assert moved.config.sites == want and want.tokens.threshold[0] > 0
+  mean = np.concatenate([np.asarray(moved.inspect(batch["image"]).tokens.alive.sum(1)) for batch in batches]).mean()
+  threshold = f"thresholds tokens/0 {want.tokens.threshold[0]:.4f}"
+  assert f"{threshold}; mean image: {mean:.1f} tokens behind them, 0." in capsys.readouterr().out
   wrong = {
     r"--budget=1.5 must be in \(0, 1\)": dict(method="greedy", budget=1.5, output=tmp_path / "new"),
     "no site has a threshold": dict(method="by_mean", budget=0.5, output=tmp_path / "new"),

@@ -354,10 +354,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = eval_batches(c.data, c.data.train_split, **sizes, batch_size=c.eval.batch_size)
     some = list(itertools.islice(batches, -(-flags.images // c.eval.batch_size)))
     model = model.with_sites(METHODS[flags.method](model, some, flags.budget).sites.to_dict())
+    told = _found(model, some)
     tokred.export.save(model, flags.output, ("orbax",))
   except (ValueError, OSError) as error:
     sys.exit(f"tokred.calibrate: {' '.join(str(error).split())}")
-  print(f"tokens after each block {model.counts}, {model.macs / losses.dense_macs(model.module):.3f} of the dense cost")
+  print(told)
+
+
+def _found(model: Model, batches: Iterable[Mapping[str, Any]]) -> str:
+  """Counts and cost, or thresholds and what they leave in the mean of the images."""
+  spots = [spot for spot in model.module.sites.spots if spot.rate == "threshold"]
+  if not spots:
+    return (
+      f"tokens after each block {model.counts}, {model.macs / losses.dense_macs(model.module):.3f} of the dense cost"
+    )
+  passing = _passing(model, spots, batches, tuple(spot.keep for spot in spots))
+  counts, price, _ = passing(np.array([spot.threshold for spot in spots], np.float32))
+  by_layer = ", ".join(f"{spot.label} {spot.threshold:.4f}" for spot in spots)
+  means = ", ".join(f"{count:.1f}" for count in counts)
+  return f"thresholds {by_layer}; mean image: {means} tokens behind them, {price:.3f} of the dense cost"
 
 
 if __name__ == "__main__":
