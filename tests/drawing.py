@@ -1,5 +1,6 @@
 """Sites drawn at random, for a tower or a language model, most of which are refused; and parameters."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -158,6 +159,24 @@ def parameters(shapes, seed=5):
   return jax.tree_util.tree_map_with_path(value, shapes)
 
 
+def first(draw):
+  """What draw() gives that is no None, which it is where something is refused; some draws never are anything else."""
+  for _ in range(1000):
+    if (made := draw()) is not None:
+      return made
+  raise AssertionError("a thousand draws were refused")
+
+
+@contextlib.contextmanager
+def about(what):
+  """Whatever fails inside tells what it was about."""
+  try:
+    yield
+  except Exception as problem:
+    problem.add_note(f"drawn: {what}")
+    raise
+
+
 def accepted(make, what):
   """make(), or None where it is refused, which has to name a field."""
   try:
@@ -174,4 +193,4 @@ def look(check, numbers):
     try:
       check(seed)
     except Exception as problem:
-      print(seed, repr(problem)[:1500], flush=True)
+      print(seed, repr(problem)[:1500], *getattr(problem, "__notes__", ()), flush=True)

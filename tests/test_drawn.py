@@ -5,6 +5,7 @@ these seeds, and goes on behind one that fails.
 """
 
 import dataclasses
+import functools
 import math
 import sys
 
@@ -46,17 +47,19 @@ UNEVEN = {"avit", "ats", "spa", "hired", "globalcom2", "prumerge"}  # how many s
 def drawn(seed):
   """A model with one to three sites, each the first that is not refused; every refusal must name a field."""
   rng = np.random.default_rng(seed)
-  depth, model = int(rng.integers(2, 5)), None
+  depth = int(rng.integers(2, 5))
   fixed = dict(variant="mu/4", width=16, depth=depth, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=3)
-  while model is None:
+
+  def bare():
     fields = {field: drawing.pick(rng, values) for field, values in MODEL.items() if rng.random() < 0.3}
-    model = accepted(dict(model=fixed | fields, sites={}))
+    return accepted(dict(model=fixed | fields, sites={}))
+
+  def more(config, name):
+    return accepted(config | dict(sites=config["sites"] | {name: drawing.tower_site(rng, depth)}))
+
+  model = drawing.first(bare)
   for name in "abc"[: rng.integers(1, 4)]:
-    made = None
-    while made is None:
-      config = model.config.to_dict()
-      made = accepted(config | dict(sites=config["sites"] | {name: drawing.tower_site(rng, depth)}))
-    model = made
+    model = drawing.first(functools.partial(more, model.config.to_dict(), name))
   shapes = jax.eval_shape(lambda: model.module.init(RNGS, images(model, 0), mode="mask"))["params"]
   return dataclasses.replace(model, params=drawing.parameters(shapes))
 
@@ -83,9 +86,10 @@ def images(model, seed):
 
 def check(seed, gradient=True):
   model = drawn(seed)
-  check_passes(tokred.freeze(model))
-  if gradient:
-    check_gradient(model)
+  with drawing.about((model.config.model.to_dict(), model.config.sites.to_dict())):
+    check_passes(tokred.freeze(model))
+    if gradient:
+      check_gradient(model)
 
 
 def check_passes(model):

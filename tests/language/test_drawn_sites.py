@@ -4,6 +4,7 @@ What tests/test_drawn.py is to a ViT.  `PYTHONPATH=tests python tests/language/t
 seeds.
 """
 
+import functools
 import sys
 
 import drawing
@@ -15,19 +16,22 @@ from languages import TINY, check_cache, learned
 def drawn(seed):
   """One to three sites, each the first that is not refused; every refusal must name a field."""
   rng = np.random.default_rng(seed)
+
+  def add(sites, name):
+    more = sites | {name: drawing.language_site(rng, TINY["depth"])}
+    made = drawing.accepted(lambda: learned(more, seed=2), more)
+    return None if made is None else (more, made)
+
   sites, made = {}, None
   for name in "abc"[: rng.integers(1, 4)]:
-    made = None
-    while made is None:
-      site = drawing.language_site(rng, TINY["depth"])
-      more = sites | {name: site}
-      made = drawing.accepted(lambda more=more: learned(more, seed=2), more)
-    sites[name] = site
-  return made
+    sites, made = drawing.first(functools.partial(add, sites, name))
+  return sites, made
 
 
 def check(seed):
-  check_cache(*drawn(seed))
+  sites, made = drawn(seed)
+  with drawing.about(sites):
+    check_cache(*made)
 
 
 @pytest.mark.thorough
