@@ -76,7 +76,7 @@ CALM = dict(model=dict(gate_cap=30.0))  # tokens that are switched off teach les
 RATE = CALM | dict(optim=dict(multipliers=((r".*/rate/.*", 100.0),)), loss=dict(budget=20.0), freeze=0.4, tune=True)
 
 # Images have counts of their own, and only in the mean the cost of the budget.  Many are needed to know the mean.
-EACH = dict(search="by_shift", settle="by_shift", calibrate=dict(split="train[:1024]"))
+EACH = dict(search="by_shift", settle="in_rows", calibrate=dict(split="train[:1024]"))
 LTMP = dict(score="column_mean", raster=True, rate="learned_threshold", threshold=(-0.9, 0.0), softness=0.02)
 
 

@@ -4,8 +4,8 @@
 arXiv:2412.00556, there for language models): the baselines that learned rates must beat.  Both run one compiled program
 in mask mode whose counts are an input.  `by_threshold` reads off a trained model how many tokens each of its layers has
 learned to keep, and `by_mean` how many its thresholds leave.  `by_shift` moves thresholds, with which each image has
-counts of its own, until the mean image costs the budget.  `arank` tells which layers of a language model few tokens
-need.
+counts of its own, until the mean image costs the budget, and `in_rows` makes that fast.  `arank` tells which layers of
+a language model few tokens need.
 
   python -m tokred.calibrate --workdir=runs/dyt --method=by_threshold --budget=0.6 --output=runs/dyt_0.6
 
@@ -47,6 +47,17 @@ from tokred.schedules import (
   with_counts,
   with_keeps,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Passed:
+  """What thresholds leave of some images."""
+
+  counts: list[float]  # tokens out of each spot, in the mean
+  most: list[int]  # and of the image that has most
+  price: float  # mean of what images cost, a share of the dense cost
+  lowest: float  # score of all tokens
+  highest: float
 
 
 def greedy(model: Model, batches: Iterable[Mapping[str, Any]], budget: float, step: float = 1 / 16) -> ConfigDict:
@@ -154,15 +165,14 @@ def by_threshold(model: Model, batches: Iterable[Mapping[str, Any]], budget: flo
   passing = _passing(model, spots, batches, keeping_all(model.config.sites[spots[0].site]))
 
   rounded = lambda means: reached(module, spots, [round(mean) for mean in means])
-  all_pass, _, (lowest, _) = passing(-math.inf)
-  none_pass, _, (_, highest) = passing(math.inf)
-  if (least := share(module, spots, rounded(none_pass))) > budget:
+  all_pass, none_pass = passing(-math.inf), passing(math.inf)
+  if (least := share(module, spots, rounded(none_pass.counts))) > budget:
     raise ValueError(f"the sites cannot go down to budget={budget} of the dense cost, only to {least:.3f}")
-  if share(module, spots, rounded(all_pass)) <= budget:
-    return with_keeps(model, spots, rounded(all_pass))
-  none = float(np.nextafter(np.float32(highest), np.float32(np.inf)))
-  curve = lambda height: rounded(passing(-height)[0])
-  return with_keeps(model, spots, largest(curve, -none, -lowest, module, spots, budget, halvings))
+  if share(module, spots, rounded(all_pass.counts)) <= budget:
+    return with_keeps(model, spots, rounded(all_pass.counts))
+  none = float(np.nextafter(np.float32(none_pass.highest), np.float32(np.inf)))
+  curve = lambda height: rounded(passing(-height).counts)
+  return with_keeps(model, spots, largest(curve, -none, -all_pass.lowest, module, spots, budget, halvings))
 
 
 def by_mean(model: Model, batches: Iterable[Mapping[str, Any]], budget: float) -> ConfigDict:
@@ -214,25 +224,62 @@ def by_shift(model: Model, batches: Iterable[Mapping[str, Any]], budget: float, 
   Raises:
     ValueError: there are no thresholds, or those of several reducers, or the site cannot reach the budget.
   """
+  spots, passing = _thresholds(model, batches)
+  first = np.array([spot.threshold for spot in spots], np.float32)
+  all_pass, none_pass = passing(-math.inf), passing(math.inf)
+  if none_pass.price > budget:
+    raise ValueError(f"the sites cannot go down to budget={budget} of the dense cost, only to {none_pass.price:.3f}")
+  low = all_pass.lowest - first.max()
+  high = np.nextafter(np.float32(none_pass.highest), np.float32(np.inf)) - first.min()
+  if all_pass.price <= budget:
+    high, halvings = low, 0
+  for _ in range(halvings):
+    middle = (low + high) / 2
+    low, high = (low, middle) if passing(first + middle).price <= budget else (middle, high)
+  return _with_fields(model, spots[0].site, threshold=tuple((first + np.float32(high)).tolist()))
+
+
+def in_rows(
+  model: Model, batches: Iterable[Mapping[str, Any]], budget: float, halvings: int = 30, spare: float = 0.05
+) -> ConfigDict:
+  """`by_shift`, and room for what is left: `mean` tokens an image in rows that a batch shares, no more than `keep`.
+
+  Args:
+    model: see `by_shift`, frozen.
+    batches: likewise.
+    budget: likewise.
+    halvings: likewise.
+    spare: share of the mean that is added, for no batch is like the mean of all images.
+
+  Returns:
+    `model.config` with other thresholds, `keep` and `mean`.
+
+  Raises:
+    ValueError: see `by_shift`.
+  """
+  batches = list(batches)
+  config = by_shift(model, batches, budget, halvings)
+  moved = dataclasses.replace(build(config), params=model.params)
+  spots, passing = _thresholds(moved, batches)
+  passed = passing(np.array([spot.threshold for spot in spots], np.float32))
+  mean = tuple(min(float(most), (1.0 + spare) * count) for count, most in zip(passed.counts, passed.most, strict=True))
+  return _with_fields(moved, spots[0].site, keep=tuple(passed.most), mean=mean)
+
+
+def _thresholds(model: Model, batches: Iterable[Mapping[str, Any]]) -> tuple[list[Spot], Callable[[Any], _Passed]]:
+  """The spots that have one, and what others would leave."""
   spots = [spot for spot in model.module.sites.spots if spot.rate.endswith("threshold")]
   if len(kinds := sorted({(spot.site, spot.reducer) for spot in spots})) != 1:
     raise ValueError(
       f"thresholds of {kinds} cannot be moved by one number; valid: one site of one reducer with rate='threshold' or "
       "'learned_threshold'"
     )
-  name, first = spots[0].site, np.array([spot.threshold for spot in spots], np.float32)
-  passing = _passing(model, spots, batches, tuple(spot.keep for spot in spots))
-  _, most, (lowest, _) = passing(-math.inf)
-  _, least, (_, highest) = passing(math.inf)
-  if least > budget:
-    raise ValueError(f"the sites cannot go down to budget={budget} of the dense cost, only to {least:.3f}")
-  low, high = lowest - first.max(), np.nextafter(highest, np.float32(np.inf)) - first.min()  # all pass, none does
-  for _ in range(halvings if most > budget else 0):
-    middle = (low + high) / 2
-    low, high = (low, middle) if passing(first + middle)[1] <= budget else (middle, high)
-  moved = first + np.float32(high if most > budget else low)
+  return spots, _passing(model, spots, batches, tuple(spot.keep for spot in spots))
+
+
+def _with_fields(model: Model, site: str, **fields: Any) -> ConfigDict:
   config = model.config.to_dict()
-  config["sites"][name] |= {"threshold": tuple(moved.tolist())}
+  config["sites"][site] = {name: value for name, value in config["sites"][site].items() if name != "r"} | fields
   return complete(config)
 
 
@@ -264,9 +311,8 @@ def divergence(model: Model, batches: Iterable[Mapping[str, Any]]) -> Callable[[
 
 def _passing(
   model: Model, decided: Sequence[Spot], batches: Iterable[Mapping[str, Any]], capacity: Any
-) -> Callable[[Any], tuple[list[float], float, tuple[float, float]]]:
-  """t -> tokens of score >= t out of each spot, and what they cost of the dense model, both in the mean of the images;
-  and the lowest and the highest score there was.
+) -> Callable[[Any], _Passed]:
+  """t -> what stays where tokens of score >= t do.
 
   Args:
     model: with parameters.
@@ -280,7 +326,6 @@ def _passing(
   module = build(config).module
   spots = [spot for spot in module.sites.spots if spot.site == site]
   images, dense = _images(batches), losses.dense_macs(module)
-  examples = sum(map(len, images))
 
   @jax.jit
   def look(params: Any, image: Any, t: Any) -> Any:
@@ -291,11 +336,13 @@ def _passing(
     score = every("score")
     known = jnp.isfinite(score)
     span = jnp.where(known, score, jnp.inf).min(), jnp.where(known, score, -jnp.inf).max()
-    return every("count") * len(image), cost.of_each(module, aux).sum() / dense, *span
+    return every("alive"), cost.of_each(module, aux) / dense, *span
 
-  def run(t: Any) -> tuple[list[float], float, tuple[float, float]]:
-    counts, price, low, high = zip(*(look(model.params, image, t) for image in images), strict=True)
-    return (np.sum(counts, 0) / examples).tolist(), float(np.sum(price) / examples), (float(min(low)), float(max(high)))
+  def run(t: Any) -> _Passed:
+    alive, price, low, high = zip(*(look(model.params, image, t) for image in images), strict=True)
+    alive = np.concatenate(alive, axis=1)  # (spots, images)
+    price = float(np.concatenate(price).mean())
+    return _Passed(alive.mean(1).tolist(), alive.max(1).tolist(), price, float(min(low)), float(max(high)))
 
   return run
 
@@ -328,7 +375,8 @@ def _logistic(x: float) -> float:
   return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
 
-METHODS = {"greedy": greedy, "sigmoid": sigmoid, "by_threshold": by_threshold, "by_mean": by_mean, "by_shift": by_shift}
+METHODS = {"greedy": greedy, "sigmoid": sigmoid, "by_threshold": by_threshold, "by_mean": by_mean}
+METHODS |= {"by_shift": by_shift, "in_rows": in_rows}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -369,10 +417,10 @@ def _found(model: Model, batches: Iterable[Mapping[str, Any]]) -> str:
       f"tokens after each block {model.counts}, {model.macs / losses.dense_macs(model.module):.3f} of the dense cost"
     )
   passing = _passing(model, spots, batches, tuple(spot.keep for spot in spots))
-  counts, price, _ = passing(np.array([spot.threshold for spot in spots], np.float32))
+  passed = passing(np.array([spot.threshold for spot in spots], np.float32))
   by_layer = ", ".join(f"{spot.label} {spot.threshold:.4f}" for spot in spots)
-  means = ", ".join(f"{count:.1f}" for count in counts)
-  return f"thresholds {by_layer}; mean image: {means} tokens behind them, {price:.3f} of the dense cost"
+  means = ", ".join(f"{count:.1f}" for count in passed.counts)
+  return f"thresholds {by_layer}; mean image: {means} tokens behind them, {passed.price:.3f} of the dense cost"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tokred.layout import Stack
 from tokred.reducers import base
 
 FIELDS = ("reducer", "layers", "stack", "place", "keep", "r", "rate", "granularity", "schedule", "threshold", "initial")
-FIELDS += ("proportional", "until", "softness", "anneal", "position", "of")
+FIELDS += ("proportional", "until", "softness", "anneal", "position", "of", "mean")
 USED = {  # fields that only some rates read; a softness of learned thresholds stays with those that were frozen
   "granularity": ("learned",),
   "schedule": ("scheduled",),
@@ -52,6 +52,7 @@ def of_site(name: str, site: Mapping[str, Any], stack: Stack) -> list[dict[str, 
   ends = {option: float(end) for option, _, end, *_ in anneal}  # what training ends with is what ships
   options = _options(field, {**site, **ends}, names, classes)
   thresholds = _thresholds(field, site, names, layers)
+  means = _means(field, site, rate, names, classes, layers, stack)
   granularity, softness = _rate_fields(field, site, rate, stack)
   common = dict(site=name, place=place, rate=rate, anneal=anneal, position=position, of=whole)
   common |= dict(granularity=granularity, softness=softness)
@@ -64,7 +65,7 @@ def of_site(name: str, site: Mapping[str, Any], stack: Stack) -> list[dict[str, 
       draft = dict(common, slot=slot, layer=layer, reducer=reducer, keep=keep, r=removed)
       draft["child"] = name if len(names) == 1 else f"{name}_{slot}_{reducer}"
       draft["options"] = options[slot] + _placed(cls, layer, place, stack)
-      draft["threshold"] = thresholds[where * len(names) + slot]
+      draft["threshold"], draft["mean"] = thresholds[where * len(names) + slot], means[where]
       draft["until"] = layer if until is None else until % stack.depth
       draft["initial"] = _initial(field, site, rate, stack, values("initial")[0])
       _check_needs(field, draft, cls, stack)
@@ -219,6 +220,26 @@ def _thresholds(
   numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in given)
   if not numbers or len(given) != len(layers) * len(names):
     raise ValueError(f"{field}.threshold={site['threshold']!r} must be a number: the smallest score that stays")
+  return tuple(map(float, given))
+
+
+def _means(
+  field: str, site: Mapping[str, Any], rate: str, names: tuple[str, ...], classes: Classes, layers: tuple[int, ...],
+  stack: Stack,
+) -> tuple[float, ...]:  # fmt: skip
+  """Tokens of an image in the mean of a batch, for each layer; 0.0 where the site does not say."""
+  if "mean" not in site:
+    return (0.0,) * len(layers)
+  ragged = rate.endswith("threshold") or any(cls.ragged for cls in classes)
+  if not ragged or any(cls.packs for cls in classes) or stack.name == "llm":
+    raise ValueError(
+      f"{field}.mean={site['mean']!r}, but it is for images that keep different numbers of tokens, and {names} with "
+      f"rate={rate!r} in the {stack.name} does not use it; drop the field"
+    )
+  given = site["mean"] if isinstance(site["mean"], (tuple, list)) else (site["mean"],) * len(layers)
+  numbers = all(isinstance(mean, (int, float)) and not isinstance(mean, bool) for mean in given)
+  if len(given) != len(layers) or not numbers or not all(1 <= mean < math.inf for mean in given):
+    raise ValueError(f"{field}.mean={site['mean']!r} must be a number of tokens, 1 or more, or one for each layer")
   return tuple(map(float, given))
 
 

@@ -43,6 +43,7 @@ class Spot:
   initial: int = 0  # learned: tokens that it keeps before it has learned; 0: half of the unprotected
   threshold: float = 0.0
   softness: float = 0.1
+  mean: float = 0.0  # ragged: tokens out of it in the mean of a batch; 0: not known
   anneal: tuple[tuple[Any, ...], ...] = ()  # (option, from, to, first step, last step), ...
   proportional: bool = False
   budget: float | int | None = None  # `keep` as the site says it: a share, or a number; None: it says r, or learns
@@ -200,6 +201,16 @@ class Sites:
   def counts(self) -> tuple[int, ...]:
     """Tokens leaving each block, where counts are static; `output` sites come after the last."""
     return walk(self.stack.depth, self.at, self.stack.num_tokens, lambda spots, n: spots[-1].keep).leaving
+
+  def means(self) -> Counts:
+    """Tokens of an image in the mean of a batch, as the sites say it; as many as there can be where they do not."""
+
+    def leave(spots: Sequence[Spot], n: float) -> float:
+      for spot in spots:
+        n = spot.keep if spot.type.recovers else min(n, spot.mean or spot.keep)
+      return n
+
+    return walk(self.stack.depth, self.at, self.stack.num_tokens, leave)
 
   def profile(self, width: int, num_heads: int, counts: Mapping[str, Sequence[Any]] | None = None) -> cost.Profile:
     """Token counts along the depth, for `cost`.

@@ -18,6 +18,10 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
   schedule     scheduled: (first step, last step) of the fall
   threshold    threshold: the smallest score that stays (a tuple: one a reducer, or one a layer and reducer); keep is
                then the capacity; of a learned_threshold where it starts
+  mean         where images keep different numbers of tokens (by a threshold, or as the reducer does it): how many one
+               keeps in the mean of a batch; one for all layers, or a tuple with one a layer.  In gather mode all but
+               attention itself then works on so many rows a batch, and not on `keep` an image; of a batch that has
+               more, the last tokens of its fullest images go round
   softness     learned_threshold: temperature of the sigmoid that lets it learn
   anneal       ((option, from, to, first step, last step), ...): an option of the reducer, such as a temperature, that
                goes geometrically from one value to the other while training; the last one is its value ever after

@@ -1,6 +1,7 @@
 """A block of a transformer, with the places where reducers act."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -146,7 +147,7 @@ class Block(nn.Module):
       tokens, scope = self._enter(tokens, "around", aux, run)
     tokens, acted = self._attend(tokens, aux, run, keeps, mode, train)
     tokens = run(tokens, "attn", aux, part=slice(acted, None))
-    tokens = self._feed(tokens, aux, run, train)
+    tokens = self._feed(tokens, aux, run, mode, train)
     if scope is not None and "outer" in self.sites.needs(layer):
       tokens = tokens.replace(feats=tokens.feats | {"outer": scope.outer.visible})
     tokens = run(tokens, "after", aux)
@@ -176,8 +177,11 @@ class Block(nn.Module):
     kinds = (c.qkv_bias, c.qk_norm, dtype, c.attention, c.norm_eps, c.gate_cap, c.gate_eps)
     attend = Attention(shape.width, shape.num_heads, *kinds, name="attn")
     norm = nn.LayerNorm(epsilon=c.norm_eps, dtype=dtype, name="norm1")
-    q, k, v, size, feats = self._look(attend, norm, tokens, size, mask)
     needs, ahead = self.sites.needs(layer), self.sites.at(layer, "ahead")
+    segment = tokens.feats.get("state/segment")  # images share a row: it tells who is alive, too
+    rows = None if ahead else self._shared(tokens, self.sites.means().attention, mode)
+    mask = mask if rows is None else rows.inside
+    q, k, v, size, feats = self._look(attend, norm, tokens, size, mask, rows)
     if not ahead or (mode == "gather" and ahead[0].idle and ahead[0].site not in (keeps or {})):
       run(tokens.replace(feats=feats), "ahead", aux)  # says that all stay
     else:
@@ -191,24 +195,28 @@ class Block(nn.Module):
       tokens, mask = merged, merged.mask if mode == "mask" or mask is not None else None
       size = merged.size if ahead[0].proportional or size is not None else None
       q, k, v, size, feats = self._look(attend, norm, tokens, size, mask)
-    segment = feats.get("state/segment")  # images share a row: it tells who is alive, too
     early = mode == "gather" and mask is None and segment is None and self.sites.foreseen(layer)
     if early:
       tokens = run(tokens.replace(feats=feats | {"asking": q.swapaxes(1, 2)}), "attn", aux, part=slice(0, 1))
       feats = dict(tokens.feats)
       q = feats.pop("asking").swapaxes(1, 2)
     heads = attend.mix(q, k, v, size, mask if segment is None else None, segment)
-    update = self._scale(attend.out(heads), "1")
+    update = self._scale(attend.out(heads) if rows is None else rows.run(attend.out, heads), "1")
     feats |= {"update": update} if "update" in needs else {}
     return tokens.replace(x=tokens.x + self._drop(update, "1", train), feats=feats), int(early)
 
   def _look(
-    self, attend: Attention, norm: nn.Module, tokens: Tokens, size: Array | None, mask: Array | None
+    self, attend: Attention, norm: nn.Module, tokens: Tokens, size: Array | None, mask: Array | None, rows: Any = None
   ) -> tuple[Array, Array, Array, Array | None, dict[str, Array]]:
     """Queries, keys and values, (B, H, N, d) each, the sizes that bias attention, and features for the reducers."""
     if size is not None and mask is not None and mask.dtype == bool:
       size = jnp.where(mask, size, 1.0)
-    q, k, v = attend(norm(tokens.x))
+    look = lambda x: attend(norm(x))
+    if rows is None:
+      q, k, v = look(tokens.x)
+    else:
+      heads_last = lambda x: tuple(each.swapaxes(1, 2) for each in look(x))
+      q, k, v = (each.swapaxes(1, 2) for each in rows.run(heads_last, tokens.x))
     if self.config.position == "rope2d":
       turns = rope2d(self.shape.grid, self.shape.num_prefix_tokens, q.shape[-1], self.config.rope_theta)
       angles = jnp.asarray(turns)
@@ -248,10 +256,11 @@ class Block(nn.Module):
       heads = pool(attend.mix(q, k, tk.take(v.swapaxes(1, 2), index).swapaxes(1, 2), size, mask))
     return self._scale(attend.out(heads), "1")
 
-  def _feed(self, tokens: Tokens, aux: dict[str, Any], run: Any, train: bool) -> Tokens:
+  def _feed(self, tokens: Tokens, aux: dict[str, Any], run: Any, mode: str, train: bool) -> Tokens:
     """x + MLP(LN x) of those that do not go round it, with what it adds as a feature for the reducers behind it."""
     inner, around = self._enter(tokens, "mlp", aux, run) if self.sites.at(self.layer, "mlp") else (tokens, None)
-    update = self._mlp(inner.x)
+    rows = self._shared(inner, self.sites.means().mlp, mode)
+    update = self._mlp(inner.x) if rows is None else rows.run(self._mlp, inner.x)
     out = inner.replace(x=inner.x + self._drop(update, "2", train))
     out = out if around is None else around.leave(out)
     if "mlp_update" not in self.sites.needs(self.layer):
@@ -260,6 +269,14 @@ class Block(nn.Module):
       still = around.replace(outer=tokens.replace(x=jnp.zeros_like(tokens.x)))
       update = still.leave(inner.replace(x=update)).x
     return out.replace(feats=out.feats | {"mlp_update": update})
+
+  def _shared(self, tokens: Tokens, means: tuple[float, ...], mode: str) -> tk.Shared | None:
+    """Rows for as many tokens as images have here in the mean, where some site says so and there are more places."""
+    (number, n), told = tokens.mask.shape, any(spot.mean for spot in self.sites.spots)
+    if mode != "gather" or not told or type(number) is not int or "state/segment" in tokens.feats:
+      return None  # an export for any batch knows no number
+    rows = math.ceil(number * means[self.layer])
+    return tk.shared(tokens.alive, rows) if rows < number * n else None
 
   def _mlp(self, x: Array) -> Array:
     dtype = jnp.dtype(self.config.dtype)
