@@ -258,6 +258,9 @@ def test_thresholds_are_moved_until_the_mean_image_meets_the_budget(monkeypatch,
   first, second = config.sites.tokens.threshold
   assert 3 < first <= 4 and second - first == pytest.approx(1.0, abs=1e-5) and config.is_locked
   assert config.sites.tokens.rate == rate and config.sites.tokens.reducer == "known"
+  rows = calibrate.in_rows(model, images, np.mean(costs) + 1e-6).sites.tokens
+  assert rows.threshold == (first, second) and rows.keep == (16, 5)  # what image 2 has, and all
+  assert rows.mean == pytest.approx((1.05 * 15, 5.0))  # no more rows than there may be tokens
   assert max(calibrate.by_shift(model, images, 1.0).sites.tokens.threshold) <= -7.0  # all pass
   with pytest.raises(ValueError, match=r"cannot go down to budget=0.5 of the dense cost, only to 0\.\d+"):
     calibrate.by_shift(model, images, 0.5)

@@ -97,7 +97,7 @@ def test_a_batch_with_more_tokens_than_rows():
   fewer = sharing(model, site, [count - 2])
   fixed = model.with_sites(dict(t=dict(reducer="topk", score="token_norm", keep=count - 2, layers=(1,), place="after")))
   np.testing.assert_allclose(logits(fewer, image), logits(fixed, image), atol=1e-5)
-  assert np.abs(logits(fewer, image) - logits(model, image)).max() > 1e-3
+  assert np.abs(logits(fewer, image) - logits(model, image)).max() > 1e-4
   counts = fewer.inspect(image).aux["reduce/t/alive"][0]
   assert int(counts[0]) == count  # it goes round, and is not gone
 

@@ -191,11 +191,16 @@ def test_images_have_counts_of_their_own(method, swept, tmp_path, monkeypatch):
   with c.unlocked():
     c.bench.rounds = 0
   began, train = [], sweep.train
+  shipped, evaluate = [], sweep.tokred_evaluate.evaluate
+  record = lambda model, **options: [shipped.append(model), evaluate(model, **options)][1]
+  monkeypatch.setattr(sweep.tokred_evaluate, "evaluate", record)
   monkeypatch.setattr(sweep, "train", lambda made, folder: [began.append(made), train(made, folder)][1])
   (row,) = sweep.run(c, tmp_path)
   assert row["share"] == pytest.approx(0.8, abs=0.02) and row["trained"] == len(began)
   counts = [float(count) for count in row["counts"].split()]
   assert counts[0] == 17.0 and counts == sorted(counts, reverse=True) and any(count % 1 for count in counts)
+  rows = shipped[-1].config.sites.tokens  # of the training images
+  assert rows.mean == pytest.approx([1.05 * count for count in counts[1:]], rel=0.15) and max(rows.keep) <= 17
   for made in began:
     first = set(made.sites.tokens.threshold)
     assert made.sites.tokens.rate == "learned_threshold" and len(first) == 1 and first != {-0.9}
