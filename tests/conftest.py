@@ -46,7 +46,7 @@ SLOW = (
   "test_learned_cuts",
   "test_learned_shares", "test_merging", "test_methods", "test_projectors", "test_qwen", "test_recorded",
   "test_recorded_routers", "test_routers", "test_scoring", "test_segments", "test_selection", "test_training",
-  "test_video", "test_vit", "test_vlm", "test_vlm_reduce", "test_huggingface", "test_vlm_files",
+  "test_shared_rows", "test_video", "test_vit", "test_vlm", "test_vlm_reduce", "test_huggingface", "test_vlm_files",
 )  # fmt: skip
 
 # The longest files first: a worker takes a file at a time, and the last one should not wait for a long one.
