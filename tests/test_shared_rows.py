@@ -136,3 +136,21 @@ def test_errors(fields, message):
   site = {name: value for name, value in (CUT | fields).items() if value is not None}
   with pytest.raises(ValueError, match=message):
     tokred.build(dict(model=MODEL, sites=dict(t=site)))
+
+
+def test_a_tower_of_a_vision_language_model():
+  """Its images, some of which are padding of rows that have fewer, share rows as any others do."""
+  config = dict(
+    model=dict(MODEL, name="vlm", num_classes=0),
+    llm=dict(vocab=40, width=32, depth=2, num_heads=4, num_kv_heads=2, mlp_dim=48, image_token=3),
+  )
+  apart, site = tokred.build(config).init(), SITES["dymu_merge"] | dict(threshold=-0.8)
+  apart = apart.with_sites(dict(t=site))
+  ids = np.array([[5, *[3] * 16, 6, *[0] * 16, 0, 0], [8, *[3] * 16, 9, *[3] * 16, 11, 12]], np.int32)
+  images = np.random.default_rng(0).normal(size=(2, 2, 16, 16, 3)).astype(np.float32)
+  alive = [np.asarray(n) for n in apart.inspect(ids, images, mask=ids > 0).aux["reduce/t/alive"].values()]
+  assert len(set(alive[-1].tolist())) > 1
+  shared = sharing(apart, site, np.mean(alive, axis=1))
+  want, got = (np.asarray(model(ids, images, ids > 0))[ids > 0] for model in (apart, shared))
+  assert np.abs(want).max() > 0.1
+  np.testing.assert_allclose(got, want, atol=1e-5)
