@@ -270,7 +270,7 @@ def test_thresholds_are_moved_until_the_mean_image_meets_the_budget(monkeypatch,
 
 def test_thresholds_become_mean_counts(monkeypatch, model, batches):
   """One for each layer, as training left them; what is behind an image's padding does not count."""
-  sites = dict(tokens=dict(reducer="known", layers=(0, 1), keep=1.0, rate="threshold", threshold=(4.5, 5.0)))
+  sites = dict(tokens=dict(reducer="known", layers=(0, 1), keep=1.0, rate="threshold", threshold=(4.5, 5.0), mean=9))
   model = known(monkeypatch, model).with_sites(sites)
   images = [dict(image=batches[0]["image"], mask=np.arange(8) < 2), dict(image=batches[0]["image"], mask=np.zeros(8))]
   # Patches 5 to 16 of image 0 and 4 to 16 of image 1 pass in block 0, 12.5 and CLS, rounded up; 13 to 16 in block 1.

@@ -279,7 +279,8 @@ def _thresholds(model: Model, batches: Iterable[Mapping[str, Any]]) -> tuple[lis
 
 def _with_fields(model: Model, site: str, **fields: Any) -> ConfigDict:
   config = model.config.to_dict()
-  config["sites"][site] = {name: value for name, value in config["sites"][site].items() if name != "r"} | fields
+  kept = {name: value for name, value in config["sites"][site].items() if name != "r" or "keep" not in fields}
+  config["sites"][site] = kept | fields
   return complete(config)
 
 
@@ -413,9 +414,8 @@ def _found(model: Model, batches: Iterable[Mapping[str, Any]]) -> str:
   """Counts and cost, or thresholds and what they leave in the mean of the images."""
   spots = [spot for spot in model.module.sites.spots if spot.rate == "threshold"]
   if not spots:
-    return (
-      f"tokens after each block {model.counts}, {model.macs / losses.dense_macs(model.module):.3f} of the dense cost"
-    )
+    price = model.macs / losses.dense_macs(model.module)
+    return f"tokens after each block {model.counts}, {price:.3f} of the dense cost"
   passing = _passing(model, spots, batches, tuple(spot.keep for spot in spots))
   passed = passing(np.array([spot.threshold for spot in spots], np.float32))
   by_layer = ", ".join(f"{spot.label} {spot.threshold:.4f}" for spot in spots)

@@ -145,7 +145,7 @@ def _with_layers(site: Mapping[str, Any], depth: int, way: int) -> dict[str, Any
 
 def as_fixed(site: Mapping[str, Any]) -> dict[str, Any]:
   """A site whose rate is learned or a threshold, as if it were not."""
-  own = ("rate", "initial", "granularity", "threshold", "softness")
+  own = ("rate", "initial", "granularity", "threshold", "softness", "mean")
   return {name: value for name, value in site.items() if name not in own}
 
 
