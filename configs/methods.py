@@ -57,7 +57,8 @@ three seeds where something is trained; one of 360 images is 0.28):
 On Fashion-MNIST at 0.6, as README tells: dense 88.7, random 84.6, cls_topk 77.8, tome 88.1, tome+tuned 88.3, evit 86.7,
 dynamicvit 87.4, mctf 88.0, diffrate 87.2, mod 83.1, tome_learned 88.3 (88.7 after 2000 steps), and from another of 87.9
 topk_merge 87.3, tome_learned_half 87.8.  On CIFAR-10 at 0.6: dense 73.1, random 69.9, cls_topk 67.5, tome 72.4,
-tome+tuned 72.5, evit 70.7, dynamicvit 69.3, mctf 71.6, diffrate 71.6, tome_learned 72.5, mod 62.6.
+tome+tuned 72.5, tome_threshold 72.9, tome_threshold_learned 72.7, evit 70.7, dynamicvit 69.3, mctf 71.6, diffrate 71.6,
+tome_learned 72.5, mod 62.6.
 """
 
 from typing import Any
