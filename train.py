@@ -20,7 +20,8 @@ def main(argv: list[str]) -> None:
   except (ValueError, ArithmeticError, OSError) as error:
     sys.exit(f"train.py: {' '.join(str(error).split())}")
   read = f", of an image {summary['image_tokens']} read by the language model" if "image_tokens" in summary else ""
-  print(f"accuracy {summary['accuracy']:.4f}, {summary['gflops']:.4g} GFLOPs, tokens {summary['counts']}{read}")
+  mean = f" at most, {summary['mean_gflops']:.4g} in the mean" if "mean_gflops" in summary else ""
+  print(f"accuracy {summary['accuracy']:.4f}, {summary['gflops']:.4g} GFLOPs{mean}, tokens {summary['counts']}{read}")
 
 
 def parse(argv: list[str]) -> list[str]:
