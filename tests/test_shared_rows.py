@@ -7,8 +7,8 @@ import pytest
 
 import tokred
 from tokred import cost, sharding
-from tokred import tokens as tk
 from tokred.data import to_device
+from tokred.nn import shared_rows
 
 MODEL = dict(variant="mu/4", width=16, depth=3, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=5)
 CUT = dict(reducer="topk", score="token_norm", rate="threshold", threshold=40.0, keep=1.0, layers=(1,))
@@ -51,7 +51,7 @@ def logits(model, images, mode="gather"):
 def test_who_gets_a_row_by_hand():
   """Column by column: the first tokens of all images, then the second; the last of the fullest image has none."""
   alive = jnp.array([[True, False, True, True], [True, True, False, False]])
-  rows = tk.shared(alive, 4)
+  rows = shared_rows.shared(alive, 4)
   assert rows.index.tolist() == [0, 4, 5, 2]
   assert rows.inside.tolist() == [[True, False, True, False], [True, True, False, False]]
   x = jnp.arange(8.0).reshape(2, 4, 1)
@@ -59,7 +59,7 @@ def test_who_gets_a_row_by_hand():
   out = rows.run(lambda r: [seen.append(r[0, :, 0].tolist()), r + 0.5][1], x)
   assert seen == [[0.0, 4.0, 5.0, 2.0]]
   assert out[..., 0].tolist() == [[0.5, 0.0, 2.5, 0.0], [4.5, 5.5, 0.0, 0.0]]
-  spare = tk.shared(alive, 7)  # rows that nobody needs hold the dead
+  spare = shared_rows.shared(alive, 7)  # rows that nobody needs hold the dead
   assert spare.index.tolist()[:5] == [0, 4, 5, 2, 3] and spare.inside.tolist() == alive.tolist()
 
 

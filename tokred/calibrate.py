@@ -224,19 +224,8 @@ def by_shift(model: Model, batches: Iterable[Mapping[str, Any]], budget: float, 
   Raises:
     ValueError: there are no thresholds, or those of several reducers, or the site cannot reach the budget.
   """
-  spots, passing = _thresholds(model, batches)
-  first = np.array([spot.threshold for spot in spots], np.float32)
-  all_pass, none_pass = passing(-math.inf), passing(math.inf)
-  if none_pass.price > budget:
-    raise ValueError(f"the sites cannot go down to budget={budget} of the dense cost, only to {none_pass.price:.3f}")
-  low = all_pass.lowest - first.max()
-  high = np.nextafter(np.float32(none_pass.highest), np.float32(np.inf)) - first.min()
-  if all_pass.price <= budget:
-    high, halvings = low, 0
-  for _ in range(halvings):
-    middle = (low + high) / 2
-    low, high = (low, middle) if passing(first + middle).price <= budget else (middle, high)
-  return _with_fields(model, spots[0].site, threshold=tuple((first + np.float32(high)).tolist()))
+  spots, values, _ = _shifted(model, batches, budget, halvings)
+  return _with_fields(model, spots[0].site, threshold=tuple(values.tolist()))
 
 
 def in_rows(
@@ -257,24 +246,36 @@ def in_rows(
   Raises:
     ValueError: see `by_shift`.
   """
-  batches = list(batches)
-  config = by_shift(model, batches, budget, halvings)
-  moved = dataclasses.replace(build(config), params=model.params)
-  spots, passing = _thresholds(moved, batches)
-  passed = passing(np.array([spot.threshold for spot in spots], np.float32))
+  spots, values, passed = _shifted(model, batches, budget, halvings)
   mean = tuple(min(float(most), (1.0 + spare) * count) for count, most in zip(passed.counts, passed.most, strict=True))
-  return _with_fields(moved, spots[0].site, keep=tuple(passed.most), mean=mean)
+  fields = dict(threshold=tuple(values.tolist()), keep=tuple(passed.most), mean=mean)
+  return _with_fields(model, spots[0].site, **fields)
 
 
-def _thresholds(model: Model, batches: Iterable[Mapping[str, Any]]) -> tuple[list[Spot], Callable[[Any], _Passed]]:
-  """The spots that have one, and what others would leave."""
+def _shifted(
+  model: Model, batches: Iterable[Mapping[str, Any]], budget: float, halvings: int
+) -> tuple[list[Spot], np.ndarray, _Passed]:
+  """The spots that have a threshold, where it is moved to, and what that leaves."""
   spots = [spot for spot in model.module.sites.spots if spot.rate.endswith("threshold")]
   if len(kinds := sorted({(spot.site, spot.reducer) for spot in spots})) != 1:
     raise ValueError(
       f"thresholds of {kinds} cannot be moved by one number; valid: one site of one reducer with rate='threshold' or "
       "'learned_threshold'"
     )
-  return spots, _passing(model, spots, batches, tuple(spot.keep for spot in spots))
+  passing = _passing(model, spots, batches, tuple(spot.keep for spot in spots))
+  first = np.array([spot.threshold for spot in spots], np.float32)
+  all_pass, none_pass = passing(-math.inf), passing(math.inf)
+  if none_pass.price > budget:
+    raise ValueError(f"the sites cannot go down to budget={budget} of the dense cost, only to {none_pass.price:.3f}")
+  low = all_pass.lowest - first.max()
+  high = np.nextafter(np.float32(none_pass.highest), np.float32(np.inf)) - first.min()
+  if all_pass.price <= budget:
+    high, halvings = low, 0
+  for _ in range(halvings):
+    middle = (low + high) / 2
+    low, high = (low, middle) if passing(first + middle).price <= budget else (middle, high)
+  values = first + np.float32(high)
+  return spots, values, passing(values)
 
 
 def _with_fields(model: Model, site: str, **fields: Any) -> ConfigDict:

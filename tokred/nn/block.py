@@ -16,6 +16,7 @@ from tokred.layout import PLACES, Sites
 from tokred.nn import attention
 from tokred.nn.reduce import Reduce
 from tokred.nn.rope import rope2d, turn
+from tokred.nn.shared_rows import Shared, shared
 from tokred.reducers.base import PeakPlan, peaks
 from tokred.tokens import Array, Tokens
 
@@ -206,7 +207,13 @@ class Block(nn.Module):
     return tokens.replace(x=tokens.x + self._drop(update, "1", train), feats=feats), int(early)
 
   def _look(
-    self, attend: Attention, norm: nn.Module, tokens: Tokens, size: Array | None, mask: Array | None, rows: Any = None
+    self,
+    attend: Attention,
+    norm: nn.Module,
+    tokens: Tokens,
+    size: Array | None,
+    mask: Array | None,
+    rows: Shared | None = None,
   ) -> tuple[Array, Array, Array, Array | None, dict[str, Array]]:
     """Queries, keys and values, (B, H, N, d) each, the sizes that bias attention, and features for the reducers."""
     if size is not None and mask is not None and mask.dtype == bool:
@@ -270,13 +277,13 @@ class Block(nn.Module):
       update = still.leave(inner.replace(x=update)).x
     return out.replace(feats=out.feats | {"mlp_update": update})
 
-  def _shared(self, tokens: Tokens, means: tuple[float, ...], mode: str) -> tk.Shared | None:
+  def _shared(self, tokens: Tokens, means: tuple[float, ...], mode: str) -> Shared | None:
     """Rows for as many tokens as images have here in the mean, where some site says so and there are more places."""
     (number, n), told = tokens.mask.shape, any(spot.mean for spot in self.sites.spots)
     if mode != "gather" or not told or type(number) is not int or "state/segment" in tokens.feats:
       return None  # an export for any batch knows no number
     rows = math.ceil(number * means[self.layer])
-    return tk.shared(tokens.alive, rows) if rows < number * n else None
+    return shared(tokens.alive, rows) if rows < number * n else None
 
   def _mlp(self, x: Array) -> Array:
     dtype = jnp.dtype(self.config.dtype)
