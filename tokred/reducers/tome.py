@@ -67,28 +67,25 @@ class ToMe(Planner):
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     n, alive = tokens.x.shape[1], tokens.alive
     index = jnp.arange(n, dtype=jnp.int32)
-    metric = tokens.x if self.metric == "token" else mean_heads(tokens.feats["key"])
-    metric = unit(jax.lax.stop_gradient(metric), alive)
-    source, target = index[::2], index[1::2]
+    metric = tokens.x.astype(jnp.float32) if self.metric == "token" else mean_heads(tokens.feats["key"])
+    metric = jax.lax.stop_gradient(metric)
+    length = jnp.maximum(jnp.linalg.norm(metric, axis=-1), jnp.finfo(jnp.float32).tiny)
     can = alive & ~tokens.protected
-    sim = jnp.einsum("bad,bcd->bac", metric[:, ::2], metric[:, 1::2], precision="highest")
-    similarity, match = best(jnp.where(can[:, ::2, None] & can[:, None, 1::2], sim, -jnp.inf))  # (B, Na)
+    product = jnp.einsum("bad,bcd->bac", metric[:, ::2], metric[:, 1::2], precision="highest")
+    pairs = can[:, ::2, None] & can[:, None, 1::2]
+    similarity, match = best(jnp.where(pairs, product / length[:, None, 1::2], -jnp.inf))  # (B, Na)
+    similarity = jnp.where(similarity > -jnp.inf, similarity / length[:, ::2], -jnp.inf)
 
-    count = num_kept(tokens, keep)
-    edge_rank = rank(-similarity)
-    merged = (edge_rank < alive.sum(1, keepdims=True) - count) & jnp.isfinite(similarity)
-    owner = jnp.where(alive, interleave(jnp.where(merged, target[match], source), target, n), -1)
+    turn = rank(-similarity)
+    merged = (turn < alive.sum(1, keepdims=True) - num_kept(tokens, keep)) & (similarity > -jnp.inf)
+    owner = interleave(jnp.where(merged, index[1::2][match], index[::2]), index[1::2], n)
 
-    # Places: the protected, sources left over, destinations, merged sources (last merged first), the dead.
-    first = tokens.protected & alive
-    left, stays = can & interleave(~merged, False, n), can & (index % 2 == 1)
-    before = lambda group: jnp.cumsum(group, 1, dtype=jnp.int32) - 1
-    total = lambda group: group.sum(1, keepdims=True, dtype=jnp.int32)
-    by_similarity = interleave(edge_rank - total(merged), 0, n)
-    place_left = jnp.where(first.any(1, keepdims=True), before(left), by_similarity)
-    gone = total(alive) - 1 - interleave(edge_rank, 0, n)
-    place = jnp.where(stays, total(first) + total(left) + before(stays), jnp.where(alive, gone, index))
-    place = jnp.where(first, before(first), jnp.where(left, total(first) + place_left, place))
+    # Who stands where: the protected, sources left over, destinations, merged sources (last merged first), the dead.
+    turn, first, merged = interleave(turn, 0, n), tokens.protected & alive, owner != index
+    group = jnp.where(alive, jnp.where(first, 0, jnp.where(merged, 3, 1 + index % 2)), 4)
+    by_turn = (group == 1) & ~first.any(1, keepdims=True)
+    place = rank(group * n + jnp.where(merged, n - 1 - turn, jnp.where(by_turn, turn, index)))
+    owner = jnp.where(alive, owner, -1)
     share = jnp.ones_like(tokens.size) if self.plain else None
     return merge_into(tokens, owner, inverse(place), share), {"similarity": similarity}
 
