@@ -18,6 +18,7 @@ ROOMS = [  # from the bottom; a room may import those below it, not its neighbou
   {"run_dir"},
   {"pretrained"},
   {"data", "vqa", "schedules"},
+  {"thresholds"},
   {"evaluate", "export", "bench", "viz", "calibrate", "probe", "processing", "results"},
   {"loading"},
   {"train"},

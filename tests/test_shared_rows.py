@@ -76,15 +76,17 @@ def test_logits_are_the_same(name):
 def test_what_is_spared_by_hand():
   """Behind block 1 of S/16: rows of the MLP there, and of all but attention itself in block 2."""
   site = dict(CUT, place="attn", layers=(0,))
-  flops, mean, number = {}, 50.0, 4
+  flops, told, mean, number = {}, {}, 50.0, 4
   for name, fields in dict(apart={}, shared=dict(mean=mean)).items():
     made = tokred.build(dict(model=dict(variant="S/16", depth=2), sites=dict(t=site | fields)))
     images = jax.ShapeDtypeStruct((number, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(lambda made=made: made.init().params)
     run = lambda p, x, made=made: made.module.apply({"params": p}, x, mode="gather").logits
-    flops[name] = cost.measured(run, params, images)
+    flops[name], told[name] = cost.measured(run, params, images), made.flops
   spared = 2 * (197 - mean) * number * (2 * 2 * 384 * 1536 + 4 * 384 * 384)  # two MLPs, one attention's projections
   assert 0.97 < (flops["apart"] - flops["shared"]) / spared < 1.05
+  for name in flops:
+    assert number * told[name] == pytest.approx(flops[name], rel=0.01), name
 
 
 def test_a_batch_with_more_tokens_than_rows():

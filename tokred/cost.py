@@ -40,6 +40,12 @@ class Profile:
   final: Any  # tokens at the head
   extra_macs: Any = 0.0  # what the reducers compute themselves
   leaving: tuple[Any, ...] = ()  # tokens that leave each block, where it is known
+  places: tuple[Any, ...] = ()  # of an image in each layer's map, where they are more than its share of a batch's rows
+
+  @property
+  def maps(self) -> Any:
+    """Tokens of an image in each layer's attention, and places in its map."""
+    return zip(self.attention, self.places or self.attention, strict=True)
 
 
 def min_st(arriving: Any, counts: Sequence[Any]) -> Any:
@@ -66,8 +72,8 @@ def macs(sizes: Sizes, profile: Profile) -> Any:
   """
   d = sizes.width
   total = sizes.patches * d * sizes.patch_dim + sizes.num_heads_out * sizes.head_inputs * d * sizes.num_classes
-  for n in profile.attention:
-    total = total + 4.0 * n * d * d + 2.0 * n * n * d
+  for n, places in profile.maps:
+    total = total + 4.0 * n * d * d + 2.0 * places * places * d
   for n in profile.mlp:
     total = total + (3.0 if sizes.gated else 2.0) * n * d * sizes.mlp_dim
   if sizes.map_pool:
@@ -78,8 +84,8 @@ def macs(sizes: Sizes, profile: Profile) -> Any:
 def flops(sizes: Sizes, profile: Profile) -> Any:
   """FLOPs of one image: two a MAC, and the element-wise work of norms, softmax, GELU, biases and residuals."""
   total = 2.0 * macs(sizes, profile)
-  for n in profile.attention:
-    total = total + n * sizes.width * NORM + n * n * sizes.num_heads * SOFTMAX
+  for n, places in profile.maps:
+    total = total + n * sizes.width * NORM + places * places * sizes.num_heads * SOFTMAX
   for n in profile.mlp:
     total = total + n * sizes.width * NORM + n * sizes.mlp_dim * GELU
   return total

@@ -233,4 +233,7 @@ class Sites:
       return out if in_turn else cost.min_st(n, told)
 
     n = walk(self.stack.depth, self.at, self.stack.num_tokens, leave)
+    if counts is None and any(spot.mean for spot in self.spots):  # images share rows
+      rows = self.means()
+      return cost.Profile(rows.attention, rows.mlp, n.final, extra, n.leaving, places=n.attention)
     return cost.Profile(n.attention, n.mlp, n.final, extra, n.leaving)

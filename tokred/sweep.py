@@ -161,7 +161,8 @@ def _one(
   if done and (not config.bench.rounds or done["batch_size"] == config.bench.batch_size):
     return done
   print(f"sweep: {name} at {budget}, seed {seed}", flush=True)
-  if search := method.get("search", ""):
+  search, settle = method.get("search", ""), method.get("settle", "")
+  if search and (trained or not settle):  # what is settled is searched then
     model = dataclasses.replace(loading.load(init, sites=made.sites.to_dict()), config=made)
     made = _found(search, model, config, method, budget)
   if trained:
@@ -169,10 +170,11 @@ def _one(
     result = train(made, folder)
     model = freeze(_on_data(loading.load(folder), made))
   else:
+    result = {"seconds": 0.0}
     model = _on_data(loading.load(init, sites=made.sites.to_dict()), made)
-    result = tokred_evaluate.evaluate(model, mode="gather") | {"seconds": 0.0}
-  if settle := method.get("settle", ""):  # the weights are there now, and tell how many each layer needs
+  if settle:  # the weights are there now, and tell how many each layer needs
     model = model.with_sites(_found(settle, model, config, method, budget).sites.to_dict())
+  if settle or not trained:
     result |= tokred_evaluate.evaluate(model, mode="gather")
   row = dict(zip(KEY, (name, budget, seed), strict=True)) | {"trained": int(trained), "digest": digest}
   row |= {"accuracy": result["accuracy"], "seconds": (done or result)["seconds"]} | _cost(model, dense, result)
