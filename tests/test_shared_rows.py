@@ -90,18 +90,28 @@ def test_what_is_spared_by_hand():
 
 
 def test_a_batch_with_more_tokens_than_rows():
-  """One image alone: the tokens that have no row are its last, the lowest of the score; to CLS they are not there."""
+  """Eight alike: the tokens that have no row are their last, the lowest of the score; to CLS they are not there."""
   site = CUT | dict(place="after", threshold=55.0)
   model, images, alive = drawn(site)
   wide = int(np.argmax(alive[0]))
-  image, count = images[wide : wide + 1], int(alive[0, wide])
+  alike, count = np.repeat(images[wide : wide + 1], 8, axis=0), int(alive[0, wide])
   assert count > 4
   fewer = sharing(model, site, [count - 2])
   fixed = model.with_sites(dict(t=dict(reducer="topk", score="token_norm", keep=count - 2, layers=(1,), place="after")))
-  np.testing.assert_allclose(logits(fewer, image), logits(fixed, image), atol=1e-5)
-  assert np.abs(logits(fewer, image) - logits(model, image)).max() > 1e-4
-  counts = fewer.inspect(image).aux["reduce/t/alive"][0]
-  assert int(counts[0]) == count  # it goes round, and is not gone
+  np.testing.assert_allclose(logits(fewer, alike), logits(fixed, alike), atol=1e-5)
+  assert np.abs(logits(fewer, alike) - logits(model, alike)).max() > 1e-4
+  counts = fewer.inspect(alike).aux["reduce/t/alive"][0]
+  assert counts.tolist() == [count] * 8  # they go round, and are not gone
+
+
+def test_an_image_alone_has_room():
+  """There are never fewer rows than one image has places, whatever the mean: who serves one by one loses nothing."""
+  site = CUT | dict(place="after", threshold=55.0)
+  model, images, alive = drawn(site)
+  fewer = sharing(model, site, [2.0])
+  for image in images[:, None]:
+    np.testing.assert_allclose(logits(fewer, image), logits(model, image), atol=1e-5)
+  assert alive.max() > 4
 
 
 def test_eight_devices_equal_one():

@@ -21,7 +21,7 @@ A site is a dict with these fields; all but `reducer` and `layers` may be left o
   mean         where images keep different numbers of tokens (by a threshold, or as the reducer does it): how many one
                keeps in the mean of a batch; one for all layers, or a tuple with one a layer.  In gather mode all but
                attention itself then works on so many rows a batch, and not on `keep` an image; of a batch that has
-               more, the last tokens of its fullest images go round
+               more, the last tokens of its fullest images go round; an image alone always has room
   softness     learned_threshold: temperature of the sigmoid that lets it learn
   anneal       ((option, from, to, first step, last step), ...): an option of the reducer, such as a temperature, that
                goes geometrically from one value to the other while training; the last one is its value ever after

@@ -282,7 +282,7 @@ class Block(nn.Module):
     (number, n), told = tokens.mask.shape, any(spot.mean for spot in self.sites.spots)
     if mode != "gather" or not told or type(number) is not int or "state/segment" in tokens.feats:
       return None  # an export for any batch knows no number
-    rows = math.ceil(number * means[self.layer])
+    rows = max(math.ceil(number * means[self.layer]), n)  # an image alone has room, whatever the mean
     return shared(tokens.alive, rows) if rows < number * n else None
 
   def _mlp(self, x: Array) -> Array:
