@@ -18,7 +18,8 @@ variant=S/16,image_size=224,classes=1000 --workdir=runs/released --config.init=d
 costs is the mean that eval.py tells as "mean_gflops", while "counts" and "gflops" are those of an image that keeps them
 all.  The sweep makes ltmp's mean counts fixed ones, scaled to the budget.  Of the others it moves the thresholds until
 the mean image meets the budget, makes rows for as many tokens (of a run of train.py this is `python -m tokred.calibrate
---method=in_rows --images=1024`), and reports what the images cost in the mean.
+--method=in_rows --images=1024`, after which "gflops" is what a batch with such rows computes for an image), and reports
+what the images cost in the mean.
 
 Accuracy expected on digits at 0.6 of the FLOPs, in percent, from configs/sweep.py:dataset=digits,steps=200 (mean over
 three seeds where something is trained; one of 360 images is 0.28):
