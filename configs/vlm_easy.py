@@ -1,10 +1,10 @@
 """A small vision-language model from nothing on easy-VQA, then the same with a tenth of its image tokens.
 
-  python train.py --config=configs/vlm_easy.py --workdir=runs/easy --config.data.data_dir=DIR
-  python train.py --config=configs/vlm_easy.py:method=sit,seed=1 --workdir=runs/easy_sit --config.init=runs/easy \
-    --config.data.data_dir=DIR
+  python train.py --config=configs/vlm_easy.py --workdir=runs/easy
+  python train.py --config=configs/vlm_easy.py:method=sit,seed=1 --workdir=runs/easy_sit --config.init=runs/easy
 
-DIR has easy_vqa in TFDS format: easy-VQA is not in TFDS's own catalogue.
+easy-VQA comes with a package (pip install -e '.[vqa]'), from which TFDS prepares it once in its own directory;
+--config.data.data_dir names another one that has it.
 Structural arguments: method (dense, a name of LEARNED, or one of configs/vlm_methods.py, fine-tuned), tokens (of an
 image's 64 that the language model reads), steps, seed.  Expected results stand in README.
 """

@@ -188,7 +188,7 @@ def rank(key: Array) -> Array:
   index = jnp.arange(n)
   mine, other = key[:, :, None], key[:, None, :]
   before = (other < mine) | ((other == mine) & (index < index[:, None]))
-  return before.sum(-1, dtype=jnp.int32)
+  return before.sum(-1, dtype=jnp.float32).astype(jnp.int32)
 
 
 def inverse(order: Array) -> Array:
@@ -208,9 +208,9 @@ def best(score: Array, axis: int = -1) -> tuple[Array, Array]:
   """
   axis %= score.ndim
   top, last = score.max(axis), score.shape[axis] - 1
-  index = jax.lax.broadcasted_iota(jnp.int32, score.shape, axis)
+  index = jax.lax.broadcasted_iota(jnp.float32, score.shape, axis)
   where = jnp.where(score == jnp.expand_dims(top, axis), index, last)  # no entry equals a NaN
-  return top, where.min(axis)
+  return top, where.min(axis).astype(jnp.int32)
 
 
 def scatters() -> bool:

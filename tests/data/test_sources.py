@@ -1,7 +1,10 @@
 """Sources: splits, the digits, folders of images good and bad, TFDS without TensorFlow, and every error message."""
 
+import importlib.util
+import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +250,52 @@ def test_tfds():
   assert data.describe(settings(name="easy_vqa", data_dir=str(TFDS_DIR))).num_classes == 13  # known from its files only
 
 
+def test_easy_vqa_comes_from_its_package(tmp_path, monkeypatch):
+  """A package of one image and two questions a split stands for the real one, whose files are laid out so."""
+  from tokred.data.easy_vqa import EasyVqa
+
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  prepare = lambda: EasyVqa(data_dir=str(tmp_path / "tfds"), file_format="array_record").download_and_prepare()
+  with pytest.raises(ModuleNotFoundError, match="pip install easy-vqa"):
+    prepare()
+  package = tmp_path / "easy_vqa"
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda name: types.SimpleNamespace(submodule_search_locations=[package])
+  )
+  names = (
+    "circle",
+    "green",
+    "red",
+    "gray",
+    "yes",
+    "teal",
+    "black",
+    "rectangle",
+    "yellow",
+    "triangle",
+    "brown",
+    "blue",
+    "no",
+  )
+  for split in ("train", "test"):
+    (package / "data" / split / "images").mkdir(parents=True)
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(package / "data" / split / "images" / "7.png")
+    asked = [["what is it?", "circle", 7], ["is it red?", "no", 7]]
+    (package / "data" / split / "questions.json").write_text(json.dumps(asked))
+  (package / "data" / "answers.txt").write_text("\n".join(names))
+  prepare()
+  chosen = settings(name="easy_vqa", data_dir=str(tmp_path / "tfds"))
+  assert data.describe(chosen).label_names == data.label_names(chosen) == names
+  source = data.open_source(chosen, "test")
+  assert [source[i]["label"] for i in range(2)] == [0, 12] and (source[1]["image"] == (1, 2, 3)).all()
+  found = talks.open_talks(chosen, "train")
+  assert [talk.turns for talk in found.talks] == [
+    (("<image>\nwhat is it?", "circle"),),
+    (("<image>\nis it red?", "no"),),
+  ]
+  assert len(found.pictures) == 1 and found.label_names == names
+
+
 @needs_tfds
 def test_tfds_pixels_are_those_of_its_own_decoder():
   import tensorflow_datasets as tfds
@@ -267,8 +316,8 @@ def test_tfds_errors(tmp_path):
   assert "valid: digits, image_folder, cifar10" in str(error.value) and "\n" not in str(error.value)
   with pytest.raises(ValueError, match=r"name='diggits': no such data set; did you mean 'digits'\?"):
     data.describe(settings(name="diggits"))
-  with pytest.raises(ValueError, match=r"name='easy_vqa': .* of TFDS, or with config.data.data_dir, the fold"):
-    data.describe(settings(name="easy_vqa"))
+  with pytest.raises(ValueError, match=r"name='own_vqa': .* of TFDS, or with config.data.data_dir, the fold"):
+    data.describe(settings(name="own_vqa"))
   with pytest.raises(
     ValueError, match=r"config\.data\.data_dir='.*': mnist is not there; valid: a directory with mnist"
   ):

@@ -67,11 +67,8 @@ def label_names(config_data: ConfigDict) -> tuple[str, ...]:
       return tuple(map(str, range(10)))
     if config_data.name == "image_folder":
       return folder.scan(config_data.data_dir)[0]
-    import tensorflow_datasets as tfds
-
     with _quiet():
-      place = {"data_dir": config_data.data_dir} if config_data.data_dir else {}
-      return tuple(tfds.builder(config_data.name, **place).info.features["label"].names)
+      return tuple(_known(config_data.name, config_data.data_dir).info.features["label"].names)
   except Exception:  # names are a courtesy: without the files of the data set indices must do
     return ()
 
@@ -219,6 +216,15 @@ def _decode(encoded: bytes) -> np.ndarray:
     return images.to_array(picture)
 
 
+def _known(name: str, data_dir: str) -> Any:
+  """TFDS's builder of a data set, whether it is prepared or not."""
+  import tensorflow_datasets as tfds
+
+  from tokred.data import easy_vqa  # noqa: F401  TFDS knows it from then on
+
+  return tfds.builder(name, **(dict(data_dir=data_dir) if data_dir else dict(file_format="array_record")))
+
+
 def _builder(name: str, data_dir: str, own: Sequence[str] = ("digits", "image_folder")) -> Any:
   """TFDS's builder of a data set that is prepared: found in `data_dir`, or downloaded where that is empty.
 
@@ -227,10 +233,7 @@ def _builder(name: str, data_dir: str, own: Sequence[str] = ("digits", "image_fo
   import tensorflow_datasets as tfds
 
   try:
-    if data_dir:
-      builder = tfds.builder(name, data_dir=data_dir)
-    else:
-      builder = tfds.builder(name, file_format="array_record")
+    builder = _known(name, data_dir)
   except tfds.core.DatasetNotFoundError:
     raise ValueError(f"config.data.name={name!r}: no such data set; {_suggest(name, data_dir, own)}") from None
   except Exception as error:  # an unknown version or configuration, or a data set whose code needs TensorFlow
