@@ -31,6 +31,21 @@ def small(**site):
   return module, drawn(lambda key: module.init(key, images, mode="mask")["params"], jax.random.key(0)), images
 
 
+def test_softmax_weighs_the_whole_sequence():
+  """r = (log 3, 0, log 4, garbage): 3 / 8, 1 / 8 and 4 / 8 of the living, of which the best two go in."""
+  tokens = tk.start(jnp.log(jnp.asarray([[[3.0], [1.0], [4.0], [9.0]]])))
+  tokens = tokens.replace(mask=jnp.asarray([[True, True, True, False]]))
+  router = functools.partial(
+    Router(gate="softmax").apply, {"params": {"kernel": jnp.ones(1)}}, train=False, mode="mask"
+  )
+  _, report = router(tokens, 2)
+  np.testing.assert_array_equal(report["chosen"], [[True, False, True, False]])
+  np.testing.assert_allclose(report["update_weight"], [[3 / 8, 1 / 8, 4 / 8, 0]], rtol=1e-6)
+  prompt = tokens.replace(feats={tk.APPENDED: jnp.zeros((1, 4), bool)})
+  with pytest.raises(ValueError, match=r"gate='softmax' weighs all .* valid: double_sigmoid, sigmoid, tanh, raw"):
+    router(prompt, 2)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [False, True])
 def test_who_chooses_by_hand(mode, rows):

@@ -105,9 +105,13 @@ def rater(tokens: Tokens) -> Array:
   """1 for text that has to do with the image, else 0, from embeddings: `remember` it in layer 0 as name_of="rater".
 
   r_t = mean over visual i of softmax_t(x_i . x_t);  t rates if r_t is above the mean.  (Zhang et al., 2024, SparseVLM;
-  the paper's inner products, which are not cosines)
+  the paper's inner products, which are not cosines)  Only text behind the images is asked, as in the authors' code,
+  where a row has any.
   """
   text, free = of_prompt(tokens) & tokens.protected, tokens.alive & ~tokens.protected
+  place = tokens.feats.get("state/index", jnp.arange(text.shape[1])[None])
+  behind = text & (place > jnp.where(free, place, -1).max(1, keepdims=True))
+  text = jnp.where(behind.any(1, keepdims=True), behind, text)
   x = jnp.where(tokens.alive[..., None], jax.lax.stop_gradient(tokens.x), 0).astype(jnp.float32)
   logits = jnp.where(text[:, None], jnp.einsum("bid,btd->bit", x, x, precision="highest"), jnp.finfo(jnp.float32).min)
   share = jnp.where(free[..., None], jax.nn.softmax(logits), 0.0).sum(1) / jnp.maximum(free.sum(1), 1)[:, None]

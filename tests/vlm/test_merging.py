@@ -73,10 +73,11 @@ def test_dymu_recorded():
 
 
 def test_dymu_threshold_of_a_batch():
-  """Pairs .9 .2 .5 and .8 .7 -.1; one an image are two: .9 and .8, so tau is .8; two an image .5, three: -.1 is 0."""
+  """Pairs .9 .2 .5 and .8 .7 -.1; one an image are two: .9 and .8 are above .7, two an image: .5 is above .2."""
   similarity = jnp.asarray([[0.9, 0.2, 0.5], [0.8, 0.7, -0.1]])
   got = [float(batch_threshold(similarity, r)) for r in (1, 2, 3)]
-  np.testing.assert_allclose(got, [0.8, 0.5, 0.0], rtol=1e-6)
+  np.testing.assert_allclose(got, [0.7, 0.2, 0.0], rtol=1e-6)  # of all six the last stays, and tau is not negative
+  assert [int((similarity > tau).sum()) for tau in got[:2]] == [2, 4]
 
 
 @needs_golden

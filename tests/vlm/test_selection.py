@@ -379,6 +379,10 @@ def test_raters_by_hand():
   """Vision (1, 0); words (2, 0), (0, 0), (0, 1): shares e^2 / (e^2 + 2) = .787, .106, .106; the first is above 1/3."""
   tokens = tokens_of([[1.0, 0], [2, 0], [0, 0], [0, 1]]).replace(protected=jnp.asarray([[False, True, True, True]]))
   assert np.asarray(scores.rater(tokens)[0]).tolist() == [0, 1, 0, 0]
+  last = tokens.replace(feats={"state/index": jnp.asarray([[3, 0, 1, 2]])})  # the same words in front of the image
+  assert np.asarray(scores.rater(last)[0]).tolist() == [0, 1, 0, 0]
+  among = tokens.replace(feats={"state/index": jnp.asarray([[1, 0, 2, 3]])})  # (2, 0) before it: .5 and .5 are left
+  assert np.asarray(scores.rater(among)[0]).tolist() == [0, 0, 0, 0]
   key = np.log([[1.0, 1, 1, 1]])[..., None, None]
   tokens = tokens.replace(feats={"state/rater": jnp.asarray([[0.0, 0, 0, 0]]), "query": jnp.ones((1, 4, 1, 1)),
                                  "key": jnp.asarray(key, jnp.float32)})  # fmt: skip

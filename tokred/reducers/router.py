@@ -10,13 +10,14 @@ from flax import linen as nn
 
 from tokred.config import nearest
 from tokred.reducers.base import Planner, decided, keep_top, num_kept, register, route
-from tokred.tokens import Array, Plan, Tokens, inverse, of_prompt, rank, take
+from tokred.tokens import APPENDED, Array, Plan, Tokens, inverse, of_prompt, rank, take
 
 GATES = {
   "double_sigmoid": lambda r: 2 * jax.nn.sigmoid(r),  # 1 at the start: a pretrained block is unchanged
   "sigmoid": jax.nn.sigmoid,
   "tanh": jnp.tanh,
   "raw": lambda r: r,  # the paper's; with it, or tanh, a routed block does nothing until the router has grown
+  "softmax": jax.nn.softmax,  # over the living tokens of the whole sequence, also of those that do not go in
 }
 
 
@@ -80,7 +81,7 @@ class Router(Planner):
   samples: ClassVar[bool] = False
   decodes: ClassVar[bool] = True
 
-  gate: str = "double_sigmoid"  # double_sigmoid, sigmoid, tanh, raw
+  gate: str = "double_sigmoid"  # double_sigmoid, sigmoid, tanh, raw, softmax (of an encoder)
   predictor: float = 0.0  # weight of its loss; above 0, it decides at inference
   text: bool = False  # llm: text may go round, too, and `keep` is a share of all tokens
   frame: int = 0  # llm: visual tokens of a frame, of which `keep` is a share; 0: of the whole prompt
@@ -108,6 +109,11 @@ class Router(Planner):
 
   @nn.compact
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
+    if self.gate == "softmax" and APPENDED in tokens.feats:
+      raise ValueError(
+        "gate='softmax' weighs all tokens of a sequence against each other, and a language model does not know the "
+        f"next ones; valid: {', '.join(name for name in GATES if name != 'softmax')}"
+      )
     start = nn.initializers.normal(0.02) if self.gate in ("raw", "tanh") else nn.initializers.zeros
     w = self.param("kernel", start, (tokens.x.shape[-1],), jnp.float32)
     x = jnp.where(tokens.alive[..., None], tokens.x, 0).astype(jnp.float32)
@@ -131,4 +137,5 @@ class Router(Planner):
         score, plan = predicted, best(predicted)
     # The auxiliary loss of the paper: the logit learns to tell whether top-C will take the token.
     report |= {"score": score, "chosen": plan.owner >= 0, "free": free}
-    return plan, report | {"update_weight": GATES[self.gate](logits)}
+    weighed = jnp.where(tokens.alive, logits, jnp.finfo(jnp.float32).min) if self.gate == "softmax" else logits
+    return plan, report | {"update_weight": GATES[self.gate](weighed)}

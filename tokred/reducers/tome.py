@@ -108,13 +108,14 @@ class DyMUMerge(ToMe):
 
 
 def batch_threshold(similarity: Array, r: int) -> Array:
-  """The tau at which r pairs an image would merge, the average over the batch: a float32 scalar, 0 or more.
+  """The tau above which r pairs an image would merge, the average over the batch: a float32 scalar, 0 or more.
 
-  DyMU averages it over batches, and takes r for each image of the batch together: the r B-th most similar pair.
+  DyMU averages it over batches, and takes r for each image of the batch together: the most similar pair that does not
+  merge any more, as in the authors' code (their paper has the last one that does).
 
   Args:
     similarity: (B, Na), what ToMe reports; -inf for sources that cannot go.
     r: pairs of an image.
   """
   ordered = jnp.sort(similarity.reshape(-1))[::-1]
-  return jnp.maximum(ordered[min(r * len(similarity), len(ordered)) - 1], 0.0)
+  return jnp.maximum(ordered[min(r * len(similarity), len(ordered) - 1)], 0.0)
