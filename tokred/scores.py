@@ -133,7 +133,10 @@ def turn(before: Array, after: Array, alive: Array | None = None) -> Array:
 
 
 def transition(tokens: Tokens) -> Array:
-  """`turn` of the attention branch, at place="attn".  TransPrune adds that of the MLP."""
+  """`turn` of the attention branch, at place="attn": of the residual stream before and behind it.
+
+  TransPrune adds that of the MLP; its authors' code compares what a branch reads, behind the norm, with what it adds.
+  """
   x = jax.lax.stop_gradient(tokens.x)
   return turn(x - jax.lax.stop_gradient(tokens.feats["update"]), x, tokens.alive)
 
@@ -161,7 +164,7 @@ def mlp_update(tokens: Tokens) -> Array:
 def transprune(tokens: Tokens) -> Array:
   """Transitions, remembered over layers, and attention of the prompt's last token, each as shares of their sum.
 
-  (Li et al., 2025, TransPrune)
+  (Li et al., 2025, TransPrune; in their code attention is that of all text behind the image, in the layer that follows)
   """
   free = tokens.alive & ~tokens.protected
 
