@@ -175,6 +175,7 @@ def test_how_many_can_go():
   assert both.count(0.55, 101, 1, 100) == 56
   assert both.count(0.7, 65, 1, 64) == 46 and both.count(0.7, 46, 1, 64) == 33  # as recorded in mctf_eval_b
   assert both.count(0.5, 12, 1, 11) == 7
+  assert both.count(2 / 3, 31, 1, 30) == 21  # int(1 / 3 30) = 10 go, where .333333333333 would leave one more
   assert both.count(0.1, 12, 1, 11) == 7  # half at most
   assert both.count(0.5, 10, 1, 9) == 10  # and nothing where 10 are left
   assert both.count(1.0, 12, 1, 11) == 12

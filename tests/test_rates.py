@@ -35,6 +35,10 @@ def test_cosine_keep_is_evits_table(step, want):
   assert rates.cosine_keep(0.7, step, 1000, 11000) == pytest.approx(want, abs=1e-12)
 
 
+def test_cosine_keep_of_one_step():
+  assert [rates.cosine_keep(0.7, step, 10, 10) for step in (9, 10, 11)] == [1.0, 0.7, 0.7]
+
+
 def test_candidates_descend_while_positive():
   assert rates.candidates(10, 4) == (10, 6, 2)
   assert rates.candidates(8, 4) == (8, 4)

@@ -37,10 +37,15 @@ def tome_schedule(r: int | float | Sequence[float], depth: int) -> list[int]:
 
 
 def cosine_keep(keep: float, step: float, begin: float, end: float) -> float:
-  """Keep rate that falls from 1 at `begin` to `keep` at `end` along a half cosine.  (EViT, arXiv:2202.07800)"""
+  """Keep rate that falls from 1 at `begin` to `keep` at `end` along a half cosine.  (EViT, arXiv:2202.07800)
+
+  Where both are one step it is `keep` from that step on.
+  """
   if step < begin:
     return 1.0
-  progress = min((step - begin) / max(end - begin, 1), 1.0)
+  if step >= end:
+    return float(keep)
+  progress = (step - begin) / (end - begin)
   return keep + (1.0 - keep) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

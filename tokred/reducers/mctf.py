@@ -4,6 +4,7 @@
 less reduced pass, which trains it, is in `tokred.losses`.
 """
 
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import jax
@@ -67,7 +68,8 @@ class MCTF(Planner):
 
   def count(self, keep: float, n: int, protected: int, source: int) -> int:
     """For a ratio r = 1 - keep, of which the authors remove int(r m) of m tokens, but no more than half."""
-    removed = int(round(1.0 - keep, 12) * (n - protected))  # 1 - 0.55 is not 0.45
+    ratio = float(Fraction(1.0 - keep).limit_denominator(10**6))  # 1 - 0.55 is not 0.45, nor 1 - 2 / 3 a third
+    removed = int(ratio * (n - protected))
     return max(n - removed, self.fewest(n, protected))
 
   def macs(self, n: float, left: float, width: int, num_heads: int) -> float:

@@ -40,7 +40,8 @@ class PiToMe(Planner):
   the released classifier does both, and so does this unless `early` is 0.
 
   Survivors stand as in the authors' code: the protected; then the sources left over, the most similar first, or the
-  tokens that were no candidates, by descending energy; then the destinations.
+  tokens that were no candidates, by descending energy; then the destinations.  Where no token goes all stay where they
+  are; in the first part of the depth that code reorders them even then.
   """
 
   needs: ClassVar[tuple[str, ...]] = ("key",)

@@ -20,6 +20,7 @@ class TopK(Planner):
 
   The fused token is EViT's: its weights c are the cls attention itself, so they add up to less than one.  One token
   alone is not fused: as many would come out as arrive, which is the identity; the authors reorder and weigh even then.
+  A distillation token is protected as CLS is; theirs is scored, and may go.
   """
 
   conserves: ClassVar[bool] = False
