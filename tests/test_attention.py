@@ -119,6 +119,17 @@ def test_a_cap_bounds_what_a_query_learns(impl):
     np.testing.assert_allclose([value, gradient[0, 1]], [1.0, slope], rtol=1e-5)
 
 
+def test_an_epsilon_in_the_row_of_cls():
+  """Weights of .001 and 0 of the loudest, which is dead: (.001 + eps / 2) / (.001 + eps) and (eps / 2) / (.001 + eps)."""
+  q, k, mask = (
+    jnp.ones((1, 1, 2, 1)),
+    jnp.log(jnp.asarray([1.0, 1000.0])).reshape(1, 1, 2, 1),
+    jnp.asarray([[1.0, 0.0]]),
+  )
+  np.testing.assert_allclose(attention.cls_attention(q, k, mask=mask, gate_eps=1e-3), [[0.75, 0.25]], rtol=1e-5)
+  np.testing.assert_allclose(attention.cls_attention(q, k, mask=mask), [[1.0, 0.0]])
+
+
 @pytest.mark.parametrize("impl", ["matmul", "fused"])
 def test_an_epsilon_lets_all_values_in(impl):
   """The living key has 1/9 of the dead one's weight: (1/9 + eps (1 + 5) / 2) / (1/9 + eps), at 0.001 1.027 / 1.009."""

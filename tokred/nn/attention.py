@@ -206,7 +206,9 @@ def _append(a: Array, column: Array) -> Array:
   return jnp.concatenate([a, column[..., None]], axis=-1)
 
 
-def cls_attention(q: Array, k: Array, *, size: Array | None = None, mask: Array | None = None) -> Array:
+def cls_attention(
+  q: Array, k: Array, *, size: Array | None = None, mask: Array | None = None, gate_eps: float = 0.0
+) -> Array:
   """The row of CLS of the attention map, averaged over heads: (B, N) float32, one row of logits and no more."""
   logits = jnp.einsum("bhd,bhjd->bhj", q[:, :, 0], k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
   if size is not None:
@@ -215,6 +217,9 @@ def cls_attention(q: Array, k: Array, *, size: Array | None = None, mask: Array 
     return jax.nn.softmax(logits).mean(1)
   if mask.dtype == bool:
     return jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf)).mean(1)
+  if gate_eps:  # a head in which the dead are far louder says next to nothing
+    weight = jnp.exp(logits - logits.max(-1, keepdims=True)) * mask[:, None]
+    return ((weight + gate_eps / mask.shape[1]) / (weight.sum(-1, keepdims=True) + gate_eps)).mean(1)
   top = jax.lax.stop_gradient(jnp.where(mask[:, None] > 0, logits, -jnp.inf).max(-1, keepdims=True))
   weight = jnp.exp(jnp.minimum(logits - top, jnp.log(GATE_CAP))) * mask[:, None]
   return (weight / weight.sum(-1, keepdims=True)).mean(1)

@@ -230,7 +230,14 @@ class Block(nn.Module):
       q, k = turn(q, angles, tokens.position), turn(k, angles, tokens.position)
     feats = {name: value for name, value in tokens.feats.items() if name.startswith("state/")}
     known = [name for name in self.sites.needs(self.layer) if name in attention.FEATURES]
-    return q, k, v, size, feats | {n: attention.FEATURES[n](q, k, v, size=size, mask=mask) for n in known}
+    kinds = {n: {"gate_eps": self.config.gate_eps} if n == "cls_attention" else {} for n in known}
+    return (
+      q,
+      k,
+      v,
+      size,
+      feats | {n: attention.FEATURES[n](q, k, v, size=size, mask=mask, **own) for n, own in kinds.items()},
+    )
 
   def _ahead(
     self,

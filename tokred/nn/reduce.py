@@ -55,7 +55,8 @@ class Step(nn.Module):
     initial = max(spot.initial - spot.protected, 0)
     count, survival = rates.Learned(spot.candidates, spot.protected, initial, name="rate")(n)
     fewest = jnp.asarray([reducer.fewest(arriving, spot.protected) for arriving in range(n + 1)], jnp.float32)
-    count = jnp.maximum(count, fewest[tokens.alive.sum(1)])  # (B,): less is not to be had, and no loss asks for it
+    least = fewest[tokens.alive.sum(1)]  # (B,): less is not to be had, and no loss asks for it
+    count = jnp.where(count < least, least, count)  # jnp.maximum would halve the slope where they are equal
     return count.astype(jnp.int32), survival, {"count": count.mean()}
 
   def _keep(self, told: Any) -> Any:

@@ -33,7 +33,8 @@ def sample(score: Array, free: Array, levels: Array, most: int) -> tuple[Array, 
   value to 1; each picks the nearest entry, ties the lower, and an entry that is picked twice counts once.
 
   Each image is alone here.  In the authors' code an image that has fewer tokens than another of its batch is filled up
-  with zeros, which count from the second such block on: there what it keeps depends on its neighbours.
+  with zeros, which count from the second such block on: there what it keeps depends on its neighbours.  And where
+  levels are fewer than tokens, as in no model that they released, it looks at the most significant alone.
 
   Args:
     score: (B, N) float32.
