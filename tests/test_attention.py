@@ -120,12 +120,9 @@ def test_a_cap_bounds_what_a_query_learns(impl):
 
 
 def test_an_epsilon_in_the_row_of_cls():
-  """Weights of .001 and 0 of the loudest, which is dead: (.001 + eps / 2) / (.001 + eps) and (eps / 2) / (.001 + eps)."""
-  q, k, mask = (
-    jnp.ones((1, 1, 2, 1)),
-    jnp.log(jnp.asarray([1.0, 1000.0])).reshape(1, 1, 2, 1),
-    jnp.asarray([[1.0, 0.0]]),
-  )
+  """Weights of .001 and 0 of the loudest, which is dead: (.001 + eps / 2) / (.001 + eps), (eps / 2) / (.001 + eps)."""
+  q, k = jnp.ones((1, 1, 2, 1)), jnp.log(jnp.asarray([1.0, 1000.0])).reshape(1, 1, 2, 1)
+  mask = jnp.asarray([[1.0, 0.0]])
   np.testing.assert_allclose(attention.cls_attention(q, k, mask=mask, gate_eps=1e-3), [[0.75, 0.25]], rtol=1e-5)
   np.testing.assert_allclose(attention.cls_attention(q, k, mask=mask), [[1.0, 0.0]])
 
