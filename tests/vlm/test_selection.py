@@ -277,6 +277,52 @@ def test_holov_fills_up_what_a_chunk_cannot_take():
   np.testing.assert_array_equal(holov.portions(jnp.asarray([[0.8, 0.2]]), jnp.asarray([[3]])), [[3, 0]])
 
 
+def test_holov_stands_chunk_by_chunk():
+  """Attention 1 7 1 1: again 2 + 1 and 0.  The first chunk has no room for more than it is, and stands as it stood."""
+  tokens = tokens_of(np.ones((4, 2)), cls_attention=[[0.1, 0.7, 0.1, 0.1]])
+  assert order(reduced(holov.HoloV(chunks=2, raster=False), tokens, 3, mask=False)[0]) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("n", [38, 8, 3])
+def test_holov_cuts_evenly(n):
+  """38 in 4 chunks are 10, 10, 9, 9 and 3 are 1, 1, 1 and none, as np.array_split has it."""
+  free = np.random.default_rng(0).permuted(np.arange(45) < n)[None]
+  wanted = np.repeat(np.arange(4), [len(part) for part in np.array_split(np.arange(n), 4)])
+  np.testing.assert_array_equal(np.asarray(holov.chunk_of(jnp.asarray(free), 4))[free], wanted)
+
+
+def holov_in_numpy(x, a, chunks, k):
+  """What HoloV's authors do with an image, x (N, D) and a (N,): each token's score, and who stays, as they stand."""
+  parts, scores = np.array_split(np.arange(len(x)), chunks), a.copy()
+  for part in (part for part in parts if len(part) > 1):
+    z, others = x[part] / np.linalg.norm(x[part], axis=1, keepdims=True), len(part) - 1
+    similar = z @ z.T * (1 - np.eye(len(part)))
+    spread = np.square(similar - similar.sum(1, keepdims=True) / others).sum(1) / others
+    scores[part] = 1000 * a[part]
+    scores[part] += 0.09 * spread * scores[part].mean() / (spread.mean() + 1e-6)
+  share = np.array([scores[part].mean() for part in parts])
+  share *= k / share.sum()
+  budget = np.floor(share).astype(int)
+  budget[np.argsort(-share)[: k - budget.sum()]] += 1
+  sizes = [len(part) for part in parts]
+  assert (budget <= sizes).all()  # otherwise they add zeros
+  best = [part[np.argsort(-a[part])] for part in parts]
+  stay = [(part if b == len(part) else top[:b]) for part, top, b in zip(parts, best, budget, strict=True)]
+  return scores, np.concatenate(stay).tolist()
+
+
+@pytest.mark.parametrize("n, k", [(38, 13), (38, 33), (6, 3)])
+def test_holov_in_numpy(n, k):
+  """Of 6 tokens the last two are chunks of their own: they score a and not 1000 a, and nothing of them stays."""
+  rng = np.random.default_rng(n)
+  x, a = rng.normal(size=(2, n, 8)), rng.uniform(1.0, 1.5, (2, n)) / n
+  out, report = reduced(holov.HoloV(chunks=4, raster=False), tokens_of(x, cls_attention=a), k)
+  for row in range(2):
+    scores, stay = holov_in_numpy(x[row], a[row], 4, k)
+    np.testing.assert_allclose(report["score"][row], scores, rtol=1e-4)
+    assert order(out)[row] == stay
+
+
 @needs_golden
 @pytest.mark.parametrize("wrap", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_hiprune_recorded(wrap):

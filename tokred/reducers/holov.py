@@ -16,6 +16,18 @@ from tokred.scores import SCORES
 from tokred.tokens import Array, Plan, Tokens, rank
 
 
+def chunk_of(free: Array, chunks: int) -> Array:
+  """The chunk in which each free token lies, (B, N) int32: equal ones, but the first n mod C have a token more.
+
+  Args:
+    free: (B, N) bool, n of them in a row; what the others get means nothing.
+    chunks: C; where n is less, the last are empty.
+  """
+  place = jnp.cumsum(free, axis=1, dtype=jnp.int32) - 1
+  small, more = jnp.divmod(free.sum(1, keepdims=True, dtype=jnp.int32), chunks)
+  return jnp.maximum(place // (small + 1), (place - more) // jnp.maximum(small, 1))
+
+
 def portions(share: Array, count: Array) -> Array:
   """floor(share count), and one more each to the largest shares until it is `count`: (B, C), (B, 1) to (B, C) int32."""
   budget = jnp.floor(share * count + 1e-5).astype(jnp.int32)
@@ -24,14 +36,17 @@ def portions(share: Array, count: Array) -> Array:
 
 @register("holov")
 class HoloV(Planner):
-  """The raster is cut into C chunks of equal length; chunk c gets a share m_c / sum m of the tokens that stay:
+  """The raster is cut into C chunks, as even as can be; chunk c gets a share m_c / sum m of the tokens that stay:
 
-    u_i = variance over j of the chunk of cos(z_i, z_j), the token itself counting 0
-    m_c = mean_{i in c} (1000 a_i + alpha u_i mean(1000 a) / mean(u))
+    u_i = sum over j of the chunk of (s_ij - mean_j s_ij)^2 / (n_c - 1),  s_ij = cos(z_i, z_j), s_ii = 0
+    m_c = mean_{i in c} (1000 a_i + alpha u_i mean_c |1000 a| / (mean_c u + 1e-6))
 
-  floored, and one more each to the largest shares; within a chunk those of the highest a stay.  (Zou et al., 2025)
+  where mean_j divides by n_c - 1, too, and m_c is a_i if a chunk has but one token.  Shares are floored, and one more
+  each goes to the largest; within a chunk those of the highest a stay.  (Zou et al., 2025)  All as the authors' code
+  has it; scaled chunk by chunk, u all but cancels in m_c, and a alone decides.
+
   What a chunk cannot take goes to the highest a elsewhere; the authors fill up with zero vectors.  Survivors keep their
-  order; with raster=False they stand as the authors', chunk by chunk by descending a.
+  order; with raster=False they stand as the authors', chunk by chunk by descending a, or in their order if all stay.
   """
 
   conserves: ClassVar[bool] = False
@@ -60,29 +75,30 @@ class HoloV(Planner):
   def plan(self, tokens: Tokens, keep: Any, *, train: bool) -> tuple[Plan, dict[str, Array]]:
     n, tiny = tokens.x.shape[1], jnp.finfo(jnp.float32).tiny
     free, safe = tokens.alive & ~tokens.protected, tokens.alive & tokens.protected
-    total = free.sum(1, keepdims=True, dtype=jnp.int32)
-    chunk = (jnp.cumsum(free, 1, dtype=jnp.int32) - 1) * self.chunks // jnp.maximum(total, 1)
+    chunk = chunk_of(free, self.chunks)
     member = free[..., None] & (chunk[..., None] == jnp.arange(self.chunks))  # (B, N, C)
+    sizes = member.sum(1, dtype=jnp.int32)  # (B, C)
+    mean = lambda value: jnp.where(member, value[..., None], 0.0).sum(1) / jnp.maximum(sizes, 1)  # (B, N) to (B, C)
+    pick = lambda table: jnp.where(member, table[:, None], 0).sum(-1)  # (B, C) to (B, N)
     attention = jnp.where(free, jax.lax.stop_gradient(SCORES[self.score][0](tokens)), 0.0)
 
     same = free[:, :, None] & free[:, None] & (chunk[:, :, None] == chunk[:, None])
     similar = cosines(unit(compared(tokens, self.metric), free))
     similar = jnp.where(same & ~jnp.eye(n, dtype=bool), similar, 0.0)
-    size = jnp.maximum(same.sum(-1), 1)
-    off = jnp.where(same, similar - (similar.sum(-1) / size)[..., None], 0.0)
-    spread = jnp.where(free, jnp.square(off).sum(-1) / jnp.maximum(size - 1, 1), 0.0)
+    others = jnp.maximum(pick(sizes) - 1, 1)
+    off = jnp.where(same, similar - (similar.sum(-1) / others)[..., None], 0.0)
+    spread = jnp.square(off).sum(-1) / others
     score = 1000.0 * attention
-    scale = jnp.abs(score).sum(1, keepdims=True) / jnp.maximum(spread.sum(1, keepdims=True), tiny)
-    score = score + self.alpha * spread * scale
-    sizes = member.sum(1, dtype=jnp.int32)  # (B, C)
-    mean = jnp.where(member, score[..., None], 0.0).sum(1) / jnp.maximum(sizes, 1)
+    score = score + self.alpha * spread * pick(mean(jnp.abs(score)) / (mean(spread) + 1e-6))
+    score = jnp.where(pick(sizes) > 1, score, attention)
+    share = mean(score)
     count = num_kept(tokens, keep) - safe.sum(1, keepdims=True, dtype=jnp.int32)
-    budget = portions(mean / jnp.maximum(mean.sum(1, keepdims=True), tiny), count)
+    budget = portions(share / jnp.maximum(share.sum(1, keepdims=True), tiny), count)
 
     by_attention = rank(jnp.where(free, -attention, jnp.inf))
-    place = rank(jnp.where(free, chunk * n + by_attention, n * (self.chunks + 1)))
+    within = jnp.where(pick(budget >= sizes) > 0, jnp.arange(n), by_attention)
+    place = rank(jnp.where(free, chunk * n + within, n * (self.chunks + 1)))
     start = jnp.cumsum(sizes, axis=1) - sizes
-    pick = lambda table: jnp.where(member, table[:, None], 0).sum(-1)
     chosen = free & (place - pick(start) < pick(budget))
     worth = jnp.where(chosen, -place, -n - by_attention)  # then those that fill up
     return keep_top(tokens, worth, keep, raster=self.raster), {"score": score}
