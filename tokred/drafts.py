@@ -21,7 +21,8 @@ USED = {  # fields that only some rates read; a softness of learned thresholds s
 }
 POSITIONS = ("original", "reindex")
 WHOLES = ("arriving", "input")
-PLACED = frozenset({"layer", "depth", "place", "prefix", "source", "heads"})  # of a reducer; its site fills them in
+# Of a reducer; its site fills them in.
+PLACED = frozenset({"layer", "depth", "place", "prefix", "source", "heads", "patch_grid"})
 
 Classes = Sequence[type[base.Reducer]]
 
@@ -262,7 +263,7 @@ def _rate_fields(field: str, site: Mapping[str, Any], rate: str, stack: Stack) -
 def _placed(cls: type[base.Reducer], layer: int, place: str, stack: Stack) -> tuple[tuple[str, Any], ...]:
   """Fields of a reducer that tell it where it stands."""
   placed = dict(layer=stack.depth if layer < 0 else layer, depth=stack.depth, place=place)
-  placed |= dict(prefix=stack.num_protected, source=stack.num_tokens, heads=stack.heads)
+  placed |= dict(prefix=stack.num_protected, source=stack.num_tokens, heads=stack.heads, patch_grid=stack.grid)
   return tuple((key, value) for key, value in placed.items() if key in PLACED & _fields(cls))
 
 

@@ -20,6 +20,7 @@ class Stack:
   has_cls: bool = True
   name: str = "encoder"  # or llm, a decoder's
   heads: int = 0  # llm: of keys and values
+  grid: tuple[int, ...] = ()  # rows and columns of the patches; (): of an image's own size, or there are none
 
 
 @dataclasses.dataclass(frozen=True)

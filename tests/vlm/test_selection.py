@@ -143,10 +143,60 @@ def test_hired_of_one_image_recorded():
   assert order(out) == [np.flatnonzero(row).tolist() for row in recorded("llava_reduce/hired_single_0.2")["mask"]]
 
 
+@pytest.mark.parametrize(
+  "share, alpha, unseen, want",
+  [
+    (1.0, 0.1, (9, 10, 18, 27), [18, 36, 31, 36, 36]),
+    (0.7, 0.5, (*range(4), *range(9, 14), *range(18, 23), *range(27, 31)), [36, 24, 19, 19, 24]),
+  ],
+)
+def test_hired_counts_by_hand(share, alpha, unseen, want):
+  """Four crops and their thumbnail, 36 tokens each; the first layer sees all but `unseen`, counted by runs of nine.
+
+  All of 180: 18 are the thumbnail's, and of the 162 left the crops hold 144.  Votes 9, 7, 8, 8 of int(.9 x 36) = 32 are
+  40.5, 31.5, 36, 36, of which a crop has 36.  Of .7 x 180 Python keeps 125 (float32: 126): 36 and 89, of which votes 5,
+  4, 4, 5 of 18 are 24.7, 19.8, 19.8, 24.7.
+  """
+  first = np.isin(np.arange(36), unseen, invert=True) + np.zeros((5, 1))
+  tokens = tokens_of(np.zeros((5, 36, 1)), cls_attention=np.random.default_rng(0).random((5, 36)), state_memory=first)
+  module = crops.HiRED(share=share, alpha=alpha, grid=(2, 2), cells="chunks")
+  assert reduced(module, tokens, 36)[0].alive.sum(1).tolist() == want
+
+
+@pytest.mark.parametrize("cls", [crops.HiRED])
+def test_crops_count_as_python_does(cls):
+  """int(100 x .29) is 28, for .29 is a little less; in float32 it is 29."""
+  tokens = tokens_of(np.zeros((1, 100, 1)), cls_attention=np.arange(100.0)[None])
+  assert order(reduced(cls(share=0.29), tokens, 100)[0]) == [list(range(72, 100))]
+
+
 def test_hired_says_what_does_not_fit():
   tokens = tokens_of(np.zeros((4, 16, 1)), cls_attention=np.ones((4, 16)), state_memory=np.ones((4, 16)))
   with pytest.raises(ValueError, match=r"grid=\(2, 2\): 4 rows are no images of a thumbnail and 4 crops each"):
     crops.HiRED(grid=(2, 2)).apply({}, tokens, 16, train=False, mode="gather")
+
+
+SIZES = dict(variant="mu/4", width=16, depth=1, num_heads=2, mlp_dim=32, num_classes=3)
+
+
+def made(site, size):
+  """A site's reducer in a tower for images of this size."""
+  config = defaults.complete({"model": SIZES | dict(image_size=size)})
+  return vit.make(config.model, dict(a=site)).sites.spots[0].module()
+
+
+@pytest.mark.parametrize("cls", [crops.HiRED, crops.GlobalCom2])
+def test_crops_need_all_patches(cls):
+  """24 are no square, and a site says that they are 4 x 6; without one CLS may stand before a square, or nothing."""
+  site = dict(reducer=cls.__name__.lower(), place="output", grid=(1, 2))
+  wide, square, alone = made(site, (16, 24)), made(site, (16, 16)), cls(grid=(1, 2))
+  ones = lambda n: tokens_of(np.zeros((3, n, 1)), 1, cls_attention=np.ones((3, n)), state_memory=np.ones((3, n)))
+  run = lambda module, n: jax.eval_shape(lambda t: module.apply({}, t, n, train=False, mode="mask"), ones(n))
+  for module, n in ((wide, 25), (square, 17), (alone, 17), (alone, 16)):
+    run(module, n)
+  for module, n in ((alone, 24), (square, 9)):  # 9 of 16 that have gone into a scope
+    with pytest.raises(ValueError, match=rf"patch_grid=.*: {n} tokens are not all patches of such an input; valid"):
+      run(module, n)
 
 
 @needs_golden

@@ -87,7 +87,7 @@ class Shape(struct.PyTreeNode):
     )  # fmt: skip
 
   def stack(self) -> Stack:
-    return Stack(self.depth, self.num_tokens, self.num_prefix_tokens, self.has_cls)
+    return Stack(self.depth, self.num_tokens, self.num_prefix_tokens, self.has_cls, grid=self.grid)
 
 
 def shape(config: ConfigDict) -> Shape:

@@ -61,9 +61,9 @@ class Reducer(nn.Module):
   """Who represents whom: a module from Tokens to Tokens.
 
   Its dataclass fields are its options; a site sets them by name.  The fields `layer`, `depth`, `place`, `prefix`,
-  `source` and `heads` are no options: where a class has them, the site fills them in (the block, from 0, how many there
-  are, where in or around it, how many tokens of the input are protected, how many it has in all, and, in a language
-  model, the heads of keys and values).
+  `source`, `heads` and `patch_grid` are no options: where a class has them, the site fills them in (the block, from 0,
+  how many there are, where in or around it, how many tokens of the input are protected, how many it has in all, in a
+  language model the heads of keys and values, and rows and columns of the input's patches, () where images differ).
 
   A report whose name begins with "loss" (a scalar or (B,), times the reducer's own weight) is added to the loss, and
   "count", (B,), says how many tokens each row is left with, where neither `keep` nor the mask does.  What
@@ -264,6 +264,45 @@ def num_kept(tokens: Tokens, keep: Any) -> Array:
   alive = tokens.alive.sum(1, keepdims=True, dtype=jnp.int32)
   keep = jnp.asarray(keep, jnp.int32)
   return jnp.minimum(keep[:, None] if keep.ndim else keep, alive)
+
+
+def on_host(rule: Callable[[int], Any], count: Array, most: int) -> Array:
+  """rule(count) in Python's own arithmetic, by a table: a share's floor in float32 is not always that in float64.
+
+  Args:
+    rule: an int, or a tuple of ints, for each count from 0 to `most`.
+    count: (...) int32.
+    most: the largest.
+
+  Returns:
+    (...) int32, or (..., numbers in a tuple).
+  """
+  return jnp.asarray([rule(i) for i in range(most + 1)], jnp.int32)[count]
+
+
+def laid_out(source: int, prefix: int = -1, patch_grid: tuple[int, ...] = ()) -> tuple[tuple[int, int], int]:
+  """How the patches of an input lie, and how many tokens stand before them, on the host.
+
+  Args:
+    source: tokens that there are of the input.
+    prefix: as a site says it; below 0: none, or CLS.
+    patch_grid: likewise, (rows, columns); (): a square.
+
+  Returns:
+    (rows, columns), and the tokens before them.
+
+  Raises:
+    ValueError: the tokens are no such grid, or not all of it, as in the scope of a router.
+  """
+  side = math.isqrt(max(source - max(prefix, 0), 0))
+  rows, columns = patch_grid or (side, side)
+  before = source - rows * columns
+  if before not in ((prefix,) if prefix >= 0 else (0, 1)):
+    raise ValueError(
+      f"patch_grid={patch_grid}, prefix={prefix}: {source} tokens are not all patches of such an input; valid: a place "
+      "where they all are, outside of the scope of a router, and their (rows, columns), or () for a square"
+    )
+  return (rows, columns), before
 
 
 def keep_top(tokens: Tokens, score: Array, keep: Any, *, raster: bool = False) -> Plan:

@@ -10,34 +10,33 @@ import jax
 import jax.numpy as jnp
 
 from tokred.config import nearest
-from tokred.reducers.base import Planner, finish_rows, keep_top, num_kept, ranks, register
+from tokred.reducers.base import Planner, finish_rows, keep_top, laid_out, num_kept, on_host, ranks, register
 from tokred.scores import SCORES, memory
 from tokred.tokens import Array, Plan, Tokens, restore
 
 CELLS = ("grid", "chunks")
 
 
-def on_grid(tokens: Tokens, score: Array) -> Array:
-  """(B, N) on the square grid of patches, (B, side, side) float32; 0 where none is left."""
-  side = math.isqrt(tokens.owner.shape[1])
+def on_grid(tokens: Tokens, score: Array, grid: tuple[int, int]) -> Array:
+  """(B, N) on the (rows, columns) of patches, (B, rows, columns) float32; 0 where none is left."""
   score = jnp.where(tokens.alive, score.astype(jnp.float32), 0.0)
-  return restore(score, tokens.owner)[:, -side * side :].reshape(-1, side, side)
+  return restore(score, tokens.owner)[:, -math.prod(grid) :].reshape(-1, *grid)
 
 
 def cell_sums(thumbnail: Array, grid: tuple[int, int], cells: str = "grid") -> Array:
   """Sums over the h w cells that the crops are of a thumbnail, (I, h w) float32.
 
   Args:
-    thumbnail: (I, side, side) float32.
+    thumbnail: (I, rows, columns) float32.
     grid: (h, w) crops.
     cells: "grid": rectangles; "chunks": the runs of a raster that is cut into h w equal parts, as HiRED's code has it.
   """
-  side, (h, w) = thumbnail.shape[1], grid
+  (rows, columns), (h, w) = thumbnail.shape[1:], grid
   if cells == "chunks":
-    cell = jnp.arange(side * side) * (h * w) // (side * side)
+    cell = jnp.arange(rows * columns) * (h * w) // (rows * columns)
   else:
-    at = lambda parts: jnp.arange(side) * parts // side
-    cell = (at(h)[:, None] * w + at(w)).reshape(-1)
+    at = lambda length, parts: jnp.arange(length) * parts // length
+    cell = (at(rows, h)[:, None] * w + at(columns, w)).reshape(-1)
   member = (cell[:, None] == jnp.arange(h * w)).astype(jnp.float32)
   return jnp.einsum("ip,pc->ic", thumbnail.reshape(len(thumbnail), -1), member, precision="highest")
 
@@ -57,6 +56,9 @@ class Crops(Planner):
   share: float = 0.2  # of all tokens of an image, crops and thumbnail
   grid: tuple[int, ...] = ()  # (h, w) crops of an image, behind its thumbnail
   score: str = "cls_attention"
+  source: int = 0  # tokens of a crop at the input, which the site fills in; 0: not known
+  prefix: int = -1  # likewise, how many stand before the patches; below 0: none, or CLS
+  patch_grid: tuple[int, ...] = ()  # likewise, (rows, columns) of the patches of a crop; (): a square
 
   def fewest(self, n: int, protected: int) -> int:
     return protected + 1
@@ -68,6 +70,8 @@ class Crops(Planner):
       raise ValueError(f"share={self.share} must be above 0.0 and at most 1.0")
     if self.score not in SCORES:
       raise ValueError(f"score={self.score!r} is not a score; {nearest(self.score, SCORES)}")
+    if self.grid and self.source and not self.patch_grid:
+      raise ValueError(f"grid={self.grid} is of crops of one size, but images have their own here; valid: ()")
     return SCORES[self.score][1]
 
   def counts(self, tokens: Tokens, score: Array, n: Array) -> tuple[Array, Array]:
@@ -98,14 +102,23 @@ class Crops(Planner):
     return keep_top(tokens, score, count, raster=True), {"score": score}
 
 
+def hired_budget(n: int, crops: int, share: float, alpha: float) -> tuple[int, int, int]:
+  """Tokens for the thumbnail, for all crops together, and how many of the thumbnail's best vote for crops."""
+  total = int((1 + crops) * n * share)
+  thumbnail = min(int(total * alpha), n)
+  return thumbnail, min(total - thumbnail, crops * n), int(n * (1.0 - alpha))
+
+
 @register("hired")
 class HiRED(Crops):
-  """total = floor(P n share) for P crops of n tokens; min(floor(alpha total), n) are the thumbnail's, and of the rest
-  crop c gets floor(rest v_c / sum v), v_c those of the thumbnail's best floor((1 - alpha) n) that lie in its cell.
+  """total = floor(P n share) for P crops of n tokens; t = min(floor(alpha total), n) are the thumbnail's, and of the
+  rest, min(total - t, (P - 1) n), crop c gets floor(rest v_c / sum v), at most n, v_c those of the thumbnail's best
+  floor((1 - alpha) n) that lie in its cell.
 
   (Arif et al., 2024, arXiv:2408.10945)  The best for v are those of the first layer's attention of CLS, which a site
   reducer="remember" at layers=(0,) has to write down; chosen are those of the last.  Their code counts cells as runs of
-  the raster, which are bands and no rectangles: cells="chunks".  What the two floors lose is lost, in the paper too.
+  the raster, which are bands and no rectangles: cells="chunks".  What the floors lose is lost, in the paper too; their
+  code takes that of a crop in float32, where now and then it loses one more.
   """
 
   alpha: float = 0.5
@@ -119,20 +132,19 @@ class HiRED(Crops):
     return super().needed()
 
   def counts(self, tokens: Tokens, score: Array, n: Array) -> tuple[Array, Array]:
-    floor = lambda value: jnp.floor(value + 1e-4).astype(jnp.int32)
+    crops, most = math.prod(self.grid), tokens.x.shape[1]
     if not self.grid:
-      return floor(n * self.share), score
-    crops = self.grid[0] * self.grid[1]
-    total = floor((1 + crops) * n * self.share)
-    thumbnail = jnp.minimum(floor(total * self.alpha), n)
+      return on_host(lambda i: int(i * self.share), n, most), score
+    of_images = lambda rows: rows[:: 1 + crops]  # (B, ...) to (I, ...)
+    budget = on_host(lambda i: hired_budget(i, crops, self.share, self.alpha), n, most)
+    thumbnail, rest, voters = budget.T[..., None]  # (B, 1) each
     free = tokens.replace(protected=~(tokens.alive & ~tokens.protected), mask=tokens.alive)
     place = ranks(free, memory(tokens)) - free.protected.sum(1, keepdims=True)
-    best = ~free.protected & (place < floor(n * (1.0 - self.alpha))[:, None])
-    votes = cell_sums(on_grid(tokens, best.astype(jnp.float32))[:: 1 + crops], self.grid, self.cells)
-    votes = votes.astype(jnp.int32)  # (I, crops)
-    rest = (total - thumbnail).reshape(-1, 1 + crops)[:, :1]
-    each = rest * votes // jnp.maximum(votes.sum(1, keepdims=True), 1)
-    return jnp.concatenate([thumbnail.reshape(-1, 1 + crops)[:, :1], each], axis=1).reshape(-1), score
+    patch_grid, _ = laid_out(tokens.owner.shape[1], self.prefix, self.patch_grid)
+    best = on_grid(tokens, ~free.protected & (place < voters), patch_grid)
+    votes = cell_sums(of_images(best), self.grid, self.cells).astype(jnp.int32)  # (I, crops)
+    each = of_images(rest) * votes // jnp.maximum(votes.sum(1, keepdims=True), 1)
+    return jnp.concatenate([of_images(thumbnail), each], axis=1).reshape(-1), score
 
 
 def crop_shares(sums: Array, share: float, temperature: float) -> Array:
@@ -162,15 +174,15 @@ class GlobalCom2(Crops):
     if not self.grid:
       return floor(n * self.share), score
     (h, w), tiny = self.grid, jnp.finfo(jnp.float32).tiny
-    thumbnail = on_grid(tokens, score)[:: 1 + h * w]  # (I, side, side)
-    images, side = thumbnail.shape[:2]
+    (rows, columns), prefix = laid_out(tokens.owner.shape[1], self.prefix, self.patch_grid)
+    thumbnail = on_grid(tokens, score, (rows, columns))[:: 1 + h * w]  # (I, rows, columns)
+    images = len(thumbnail)
     share = crop_shares(cell_sums(thumbnail, self.grid), self.share, self.temperature)
     share = jnp.concatenate([jnp.full((images, 1), self.share), share], axis=1).reshape(-1)
-    large = jax.image.resize(thumbnail, (images, side * h, side * w), "bilinear")
-    large = large.reshape(images, h, side, w, side).swapaxes(2, 3).reshape(images, h * w, side * side)
-    seen = jnp.concatenate([jnp.zeros((images, 1, side * side)), large], axis=1).reshape(len(score), -1)
-    first = tokens.owner.shape[1] - side * side
-    patch = jnp.clip(tokens.position - first, 0, side * side - 1)
+    large = jax.image.resize(thumbnail, (images, rows * h, columns * w), "bilinear")
+    large = large.reshape(images, h, rows, w, columns).swapaxes(2, 3).reshape(images, h * w, rows * columns)
+    seen = jnp.concatenate([jnp.zeros((images, 1, rows * columns)), large], axis=1).reshape(len(score), -1)
+    patch = jnp.clip(tokens.position - prefix, 0, rows * columns - 1)
     free = tokens.alive & ~tokens.protected
     globally = jnp.where(free, jnp.take_along_axis(seen, patch, axis=1), 0.0)
     each = (a / jnp.maximum(a.sum(1, keepdims=True), tiny) for a in (score, globally))
