@@ -163,7 +163,7 @@ def test_hired_counts_by_hand(share, alpha, unseen, want):
   assert reduced(module, tokens, 36)[0].alive.sum(1).tolist() == want
 
 
-@pytest.mark.parametrize("cls", [crops.HiRED])
+@pytest.mark.parametrize("cls", [crops.HiRED, crops.GlobalCom2])
 def test_crops_count_as_python_does(cls):
   """int(100 x .29) is 28, for .29 is a little less; in float32 it is 29."""
   tokens = tokens_of(np.zeros((1, 100, 1)), cls_attention=np.arange(100.0)[None])
@@ -222,6 +222,32 @@ def test_globalcom2_by_hand():
   assert np.asarray(out.alive.sum(1)).tolist() == [8, 6, 9]
   assert order(out)[0] == [2, 3, 6, 7, 10, 11, 14, 15]
   assert {p % 4 for p in order(out)[2]} >= {1, 2, 3} and 0 not in {p % 4 for p in order(out)[2]}
+
+
+@pytest.mark.parametrize("size, grid", [((7, 7), (2, 2)), ((8, 8), (3, 1)), ((9, 5), (2, 4)), ((2, 2), (1, 3))])
+def test_cells_as_globalcom2_has_them(size, grid):
+  """min(i // (rows // h), h - 1): 7 rows in two are 3 and 4, and 2 columns in three are 1, 1 and none."""
+  thumbnail, wanted = np.random.default_rng(0).random((1, *size)), np.zeros(grid)
+  for place in np.ndindex(size):
+    cell = (min(i // max(n // parts, 1), parts - 1) for i, n, parts in zip(place, size, grid, strict=True))
+    wanted[tuple(cell)] += thumbnail[0][place]
+  np.testing.assert_allclose(crops.cell_sums(jnp.asarray(thumbnail, jnp.float32), grid)[0], wanted.ravel(), rtol=1e-5)
+
+
+def test_thumbnails_are_enlarged():
+  """Two rows of 0 3 6 in two columns of crops: 0 .75 2.25 3.75 5.25 6, of which each crop has a half."""
+  large = crops.enlarged(jnp.asarray([[[0.0, 3, 6]] * 2]), (1, 2))
+  np.testing.assert_allclose(large[0], [[0, 0.75, 2.25] * 2, [3.75, 5.25, 6] * 2], atol=1e-6)
+
+
+def test_globalcom2_ranks_by_attention_of_length_one():
+  """A thumbnail of 2 x 2 and one crop, attention 2 4 0 3 and 0 0 1 1, lengths 5.39 and 1.41; half of them stay.
+
+  .37 .74 0 .56 and 0 0 .71 .71 are .37 .74 .71 1.26: 1 and 3.  Divided by the sums 9 and 2 it would be 2 and 3, for
+  .22 .44 0 .33 and 0 0 .5 .5 are .22 .44 .5 .83.
+  """
+  tokens = tokens_of(np.zeros((2, 4, 1)), cls_attention=[[2, 4, 0, 3], [0, 0, 1, 1]])
+  assert order(reduced(crops.GlobalCom2(share=0.5, grid=(1, 1)), tokens, 4)[0]) == [[1, 3], [1, 3]]
 
 
 # Diversity and coverage.

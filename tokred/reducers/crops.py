@@ -29,13 +29,14 @@ def cell_sums(thumbnail: Array, grid: tuple[int, int], cells: str = "grid") -> A
   Args:
     thumbnail: (I, rows, columns) float32.
     grid: (h, w) crops.
-    cells: "grid": rectangles; "chunks": the runs of a raster that is cut into h w equal parts, as HiRED's code has it.
+    cells: "grid": rectangles of rows // h x columns // w, of which the last take what is left; "chunks": the runs of a
+      raster that is cut into h w equal parts, as HiRED's code has it.
   """
   (rows, columns), (h, w) = thumbnail.shape[1:], grid
   if cells == "chunks":
     cell = jnp.arange(rows * columns) * (h * w) // (rows * columns)
   else:
-    at = lambda length, parts: jnp.arange(length) * parts // length
+    at = lambda length, parts: jnp.minimum(jnp.arange(length) // max(length // parts, 1), parts - 1)
     cell = (at(rows, h)[:, None] * w + at(columns, w)).reshape(-1)
   member = (cell[:, None] == jnp.arange(h * w)).astype(jnp.float32)
   return jnp.einsum("ip,pc->ic", thumbnail.reshape(len(thumbnail), -1), member, precision="highest")
@@ -159,31 +160,36 @@ def crop_shares(sums: Array, share: float, temperature: float) -> Array:
   return jnp.minimum(share * (1.0 + sigma - sigma.mean(1, keepdims=True)), 1.0)
 
 
+def enlarged(thumbnail: Array, grid: tuple[int, int]) -> Array:
+  """A thumbnail of one crop's size, bilinearly that of all h w: (I, rows, columns) to (I, h w, rows * columns)."""
+  (images, rows, columns), (h, w) = thumbnail.shape, grid
+  large = jax.image.resize(thumbnail, (images, rows * h, columns * w), "bilinear")
+  return large.reshape(images, h, rows, w, columns).swapaxes(2, 3).reshape(images, h * w, rows * columns)
+
+
 @register("globalcom2")
 class GlobalCom2(Crops):
   """Crop c keeps floor(r_c n) tokens, r_c of `crop_shares`; the thumbnail keeps floor(share n).  (Liu et al., 2025)
 
-  Inside a crop tokens are ranked by a_i / sum a + g_i / sum g: CLS's attention of the crop itself, and that of the
-  thumbnail, enlarged bilinearly.  We enlarge the whole thumbnail, which leaves no seams.
+  Inside a crop tokens are ranked by a_i / ||a|| + g_i / ||g||: CLS's attention of the crop itself, and that of the
+  thumbnail, enlarged bilinearly.  The authors count and rank in a crop only what shows the image, to which they enlarge
+  the thumbnail; of a canvas' margin a reducer knows nothing, so that ours takes part.  Survivors keep their order; the
+  authors' of the thumbnail stand by descending attention.
   """
 
   temperature: float = 10.0
 
   def counts(self, tokens: Tokens, score: Array, n: Array) -> tuple[Array, Array]:
-    floor = lambda value: jnp.floor(value + 1e-4).astype(jnp.int32)
+    whole = on_host(lambda i: int(i * self.share), n, tokens.x.shape[1])
     if not self.grid:
-      return floor(n * self.share), score
-    (h, w), tiny = self.grid, jnp.finfo(jnp.float32).tiny
-    (rows, columns), prefix = laid_out(tokens.owner.shape[1], self.prefix, self.patch_grid)
-    thumbnail = on_grid(tokens, score, (rows, columns))[:: 1 + h * w]  # (I, rows, columns)
-    images = len(thumbnail)
-    share = crop_shares(cell_sums(thumbnail, self.grid), self.share, self.temperature)
-    share = jnp.concatenate([jnp.full((images, 1), self.share), share], axis=1).reshape(-1)
-    large = jax.image.resize(thumbnail, (images, rows * h, columns * w), "bilinear")
-    large = large.reshape(images, h, rows, w, columns).swapaxes(2, 3).reshape(images, h * w, rows * columns)
-    seen = jnp.concatenate([jnp.zeros((images, 1, rows * columns)), large], axis=1).reshape(len(score), -1)
-    patch = jnp.clip(tokens.position - prefix, 0, rows * columns - 1)
-    free = tokens.alive & ~tokens.protected
-    globally = jnp.where(free, jnp.take_along_axis(seen, patch, axis=1), 0.0)
-    each = (a / jnp.maximum(a.sum(1, keepdims=True), tiny) for a in (score, globally))
-    return floor(n * share), sum(each)
+      return whole, score
+    each = 1 + math.prod(self.grid)
+    patch_grid, prefix = laid_out(tokens.owner.shape[1], self.prefix, self.patch_grid)
+    thumbnail = on_grid(tokens, score, patch_grid)[::each]  # (I, rows, columns)
+    share = crop_shares(cell_sums(thumbnail, self.grid), self.share, self.temperature)  # (I, crops)
+    count = jnp.floor(n.reshape(-1, each)[:, 1:] * share + 1e-4).astype(jnp.int32)
+    seen = jnp.pad(enlarged(thumbnail, self.grid), ((0, 0), (1, 0), (0, 0))).reshape(len(score), -1)
+    patch = jnp.clip(tokens.position - prefix, 0, seen.shape[1] - 1)
+    globally = jnp.where(tokens.alive & ~tokens.protected, jnp.take_along_axis(seen, patch, axis=1), 0.0)
+    unit = lambda a: a / jnp.maximum(jnp.linalg.norm(a, axis=1, keepdims=True), 1e-12)
+    return jnp.concatenate([whole[::each, None], count], axis=1).reshape(-1), unit(score) + unit(globally)
