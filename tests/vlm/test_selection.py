@@ -9,7 +9,7 @@ from golden_vlm import needs_golden, order, recorded, reduced, tokens_of
 
 from tokred import config as defaults
 from tokred import rates, scores
-from tokred.nn import budget, decoder, vit
+from tokred.nn import budget, decoder, qwen_vision, vit
 from tokred.nn.decoder_layer import Shape
 from tokred.reducers import base, coverage, crops, flashvlm, hiprune, holov, memory, prumerge, sparsevlm, visionzip
 from tokred.reducers.diversity import MMR, MaxMin
@@ -412,9 +412,47 @@ def test_hiprune_recorded(wrap):
 def test_hiprune_finds_neighbours():
   """A grid of 3 x 3, its anchor the last of the first row: left and below, and by number 3, the next row's first."""
   anchor = jnp.arange(9)[None] == 2
-  near = lambda wrap: np.flatnonzero(hiprune.beside(jnp.arange(9)[None], anchor, 3, wrap)[0]).tolist()
+  near = lambda wrap: np.flatnonzero(hiprune.beside(jnp.arange(9)[None], anchor, (3, 3), wrap)[0]).tolist()
   assert near(False) == [1, 5]
   assert near(True) == [0, 1, 3, 5]  # 2 - 3 is moved to 0
+
+
+def test_hiprune_rounds_as_python_does():
+  """.1 x 25 / 5 = .5 of 25 tokens are anchors: none, and the last, which the middle layer likes best, goes as the deep
+
+  layer's worst.  Compiled, / 5 is x .2 in float32 and .5 a little more.
+  """
+  tokens = tokens_of(np.zeros((1, 36, 1)), state_memory=[np.arange(36.0)], column_mean=[np.arange(36.0, 0, -1)])
+  assert order(reduced(hiprune.HiPrune(), tokens, 25)[0]) == [list(range(25))]
+
+
+def test_hiprune_knows_the_grid():
+  """4 x 6 patches behind CLS, the anchor in the second row, 9: 3, 8, 10 and 15 are beside it."""
+  site = dict(reducer="hiprune", middle="key_norm", alpha=1.0, place="output", keep=6)
+  module = made(site, (16, 24)).clone(middle="memory")
+  anchor, deep = np.arange(25) == 10, np.arange(25.0)
+  tokens = tokens_of(np.zeros((1, 25, 1)), 1, state_memory=[anchor], column_mean=[deep])
+  assert order(reduced(module, tokens, 6)[0], 1) == [[3, 8, 9, 10, 15]]
+  assert made(site, (8, 32)).patch_grid == (2, 8)  # and not 4 x 4
+  some = np.array([4, 9, 10, 14, 16])  # have gone into a scope: 13 has to go
+  tokens = tokens_of(np.zeros((1, 5, 1)), state_memory=[anchor[some]], column_mean=[deep[some]])
+  tokens = tokens.replace(position=jnp.asarray(some)[None])
+  assert order(reduced(module, tokens, 4, mask=False)[0], 1) == [[3, 8, 9, 15]]
+  with pytest.raises(ValueError, match=r"patch_grid=\(\), prefix=-1: 24 tokens are not all patches of such an input"):
+    reduced(hiprune.HiPrune(), tokens_of(np.zeros((1, 24, 1))), 6)
+
+
+@pytest.mark.parametrize(
+  "site, message",
+  [
+    (dict(reducer="hiprune"), "sites.a.reducer='hiprune' looks for neighbours in one grid, but images"),
+    (dict(reducer="globalcom2", grid=(1, 2)), r"sites.a.grid=\(1, 2\) is of crops of one size, but images"),
+  ],
+)
+def test_images_of_their_own_size_have_no_grid(site, message):
+  shape = qwen_vision.Shape(width=16, depth=1, mlp_dim=8, num_heads=2)
+  with pytest.raises(ValueError, match=message):
+    qwen_vision.make(shape, dict(a=site | dict(place="output", keep=0.5)))
 
 
 @needs_golden
