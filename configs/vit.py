@@ -1,7 +1,7 @@
 """A ViT on any data set that TFDS knows, or on a folder of images; with learned keep-rates on request.
 
-The dense model, then half its FLOPs from it (`dataset=cifar10` changes nothing else; a folder with one sub-folder for
-each of N classes is `dataset=image_folder,classes=N,data_dir=DIR`):
+The dense model, then half its FLOPs from it (`dataset=cifar10` changes nothing else; images of N classes that lie at
+DIR/train/CLASS/ and DIR/test/CLASS/ are `dataset=image_folder,classes=N,data_dir=DIR`):
 
   python train.py --config=configs/vit.py:dataset=fashion_mnist --workdir=runs/fashion_dense
   python train.py --config=configs/vit.py:dataset=fashion_mnist,learned --workdir=runs/fashion \

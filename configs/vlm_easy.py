@@ -98,8 +98,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.eval.batch_size = 250
   if reduced(config, args.method, args.tokens / 64):
     config.train.steps = args.steps or 1000
-    if args.method == "rates":
-      config.rates.freeze_step = config.train.steps // 2
     config.optim.update(dict(lr=5e-4, warmup_steps=min(50, config.train.steps // 2)))
     config.loss.distill_logits = 1.0
     config.text.share = all(site.get("stack", "encoder") == "encoder" for site in config.sites.values())
@@ -110,4 +108,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.update(dict(steps=2, batch_size=8, log_every=1, checkpoint_every=2))
     config.optim.warmup_steps = 1
     config.eval.batch_size = 16
+  if args.method == "rates":
+    config.rates.freeze_step = config.train.steps // 2
   return config

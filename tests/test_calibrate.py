@@ -116,6 +116,11 @@ def test_prune_and_merge_share_what_goes():
 def test_learned_rates_and_given_counts_stay():
   learned = dict(tokens=dict(reducer="topk", layers=(0, 1), rate="learned"))
   assert schedules.at_budget(CONFIG, learned, 0.6) == learned
+  for budget in (60, 0.0, "a"):
+    with pytest.raises(
+      ValueError, match=r"budget=.*; valid: a share of the dense multiply-adds, above 0.0 and at most 1"
+    ):
+      schedules.at_budget(CONFIG, learned, budget)
   assert schedules.at_budget(CONFIG, site(keep=5), 0.6) == site(keep=5)
 
 

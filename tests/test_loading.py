@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import tokred
+from tokred import loading
 from tokred.train.loop import train
 
 MODEL = dict(
@@ -126,6 +127,16 @@ def test_a_run_that_does_not_fit_lists_both_sides(run):
   assert "\n" not in message and "does not fit config.model" in message
   assert "missing: registers" in message and "left over: block_1/attn/proj/bias" in message
   assert "head/kernel (16, 10) for (16, 7)" in message
+
+
+@pytest.mark.parametrize("field, ours", [("activation", "relu"), ("norm_eps", 1e-3), ("position", "rope2d")])
+def test_a_run_that_computes_otherwise_is_no_start(run, learned, field, ours):
+  """What no array shows: the arrays fit, and the network would be another."""
+  model = learned.config.model.copy_and_resolve_references()
+  model[field] = ours
+  with pytest.raises(ValueError, match=rf"config.model.{field}=.*, but .*digits has .*; set config.model.{field}="):
+    loading.read(run, learned.params, model)
+  loading.read(run, learned.params, learned.config.model)
 
 
 def test_fields_that_are_no_dict(run):

@@ -123,9 +123,11 @@ def read(path: str | os.PathLike[str], target: Any = None, model: Any = None) ->
   if target is None or model is None:
     return params
   own = {name: pretrained.Lazy(a.shape, a.dtype, lambda a=a: a) for name, a in _flat(params).items()}
+  silent = {field: config.model[field] for field in ("activation", "norm_eps", "position", "rope_theta")}
+  source = pretrained.Source(str(path), {"model": silent}, {}, lambda heads: (), _grid(config.model), own=own)
+  source.check(model)
   if model.name == "vlm":
     return traverse_util.unflatten_dict(_projected(own, _flat(target), str(path)), sep="/")
-  source = pretrained.Source(str(path), {}, {}, lambda heads: (), _grid(config.model), own=own)
   return traverse_util.unflatten_dict(source.arrays(target, _grid(model)), sep="/")
 
 

@@ -6,6 +6,7 @@
 
 import collections
 import math
+import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -49,14 +50,16 @@ def at_budget(config: Mapping[str, Any] | ConfigDict, sites: Mapping[str, Any], 
       `EVEN` all spots remove the same number of tokens, elsewhere, and where tokens come back, all keep the same share
       of what arrives.  Counts of sites with rate="learned" are not set: their budget is `config.loss.target`; but with
       initial="budget" they start from those that they would get with a fixed rate.
-    budget: share of the dense multiply-adds, in (0, 1).
+    budget: share of the dense multiply-adds, above 0; 1 is all of them.
 
   Returns:
     `config.sites` with integers as `keep`.
 
   Raises:
-    ValueError: the sites cannot reach the budget, or are no sites.
+    ValueError: the sites cannot reach the budget, or are no sites, or the budget is no such share.
   """
+  if not (isinstance(budget, numbers.Real) and 0.0 < budget <= 1.0):
+    raise ValueError(f"budget={budget!r}; valid: a share of the dense multiply-adds, above 0.0 and at most 1.0")
   if begin := {name for name, site in sites.items() if site.get("initial") == "budget"}:
     fixed = {name: as_fixed(site) if name in begin else site for name, site in sites.items()}
     by_hand = at_budget(config, fixed, budget)

@@ -15,7 +15,7 @@ from tokred.pretrained.rules import ANEW, Arrays, Lazy, Row, reading, translate
 
 HEADS = ("head", "head_dist")
 SIZES = ("width", "depth", "mlp_dim", "num_heads")
-SILENT = ("num_heads", "activation", "norm_eps", "rope_theta")  # no name or shape of an array tells these
+SILENT = ("num_heads", "activation", "norm_eps", "rope_theta", "position")  # no name or shape of an array tells these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,15 @@ class Source:
   def check(self, model: Mapping[str, Any]) -> None:
     """Raises ValueError where `config.model` differs from the files in what their arrays do not show."""
     known = self.fields.get("model", {})
+    turned = "rope2d" in (model["position"], known.get("position"))  # other positions show in the arrays
     for field in SILENT:
-      if field in known and model[field] != known[field] and not (field == "num_heads" and not model[field]):
-        if field != "rope_theta" or model["position"] == "rope2d":
-          raise ValueError(
-            f"config.model.{field}={model[field]!r}, but {self.path} has {known[field]!r}; "
-            f"set config.model.{field}={known[field]!r}"
-          )
+      if field not in known or model[field] == known[field] or (field == "num_heads" and not model[field]):
+        continue
+      if turned or field not in ("rope_theta", "position"):
+        raise ValueError(
+          f"config.model.{field}={model[field]!r}, but {self.path} has {known[field]!r}; "
+          f"set config.model.{field}={known[field]!r}"
+        )
 
   def arrays(
     self, target: Mapping[str, Any], grid: tuple[int, int] | None = None, new_heads: bool = True
