@@ -43,7 +43,7 @@ SLOW = (
   "test_recover", "test_router_gates", "test_routing", "test_selectors", "test_slots", "test_spa", "test_stvit",
   "test_sweep", "test_two_processes",
   "test_anyres", "test_arank", "test_bench_vlm", "test_conversations", "test_every_reducer", "test_export_vlm",
-  "test_learned_cuts",
+  "test_learned_cuts", "test_crops",
   "test_learned_shares", "test_merging", "test_methods", "test_projectors", "test_qwen", "test_recorded",
   "test_recorded_routers", "test_routers", "test_scoring", "test_segments", "test_selection", "test_training",
   "test_shared_rows", "test_video", "test_vit", "test_vlm", "test_vlm_reduce", "test_huggingface", "test_vlm_files",

@@ -231,13 +231,8 @@ class Block(nn.Module):
     feats = {name: value for name, value in tokens.feats.items() if name.startswith("state/")}
     known = [name for name in self.sites.needs(self.layer) if name in attention.FEATURES]
     kinds = {n: {"gate_eps": self.config.gate_eps} if n == "cls_attention" else {} for n in known}
-    return (
-      q,
-      k,
-      v,
-      size,
-      feats | {n: attention.FEATURES[n](q, k, v, size=size, mask=mask, **own) for n, own in kinds.items()},
-    )
+    feats |= {n: attention.FEATURES[n](q, k, v, size=size, mask=mask, **own) for n, own in kinds.items()}
+    return q, k, v, size, feats
 
   def _ahead(
     self,

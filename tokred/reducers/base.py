@@ -280,31 +280,6 @@ def on_host(rule: Callable[[int], Any], count: Array, most: int) -> Array:
   return jnp.asarray([rule(i) for i in range(most + 1)], jnp.int32)[count]
 
 
-def laid_out(source: int, prefix: int = -1, patch_grid: tuple[int, ...] = ()) -> tuple[tuple[int, int], int]:
-  """How the patches of an input lie, and how many tokens stand before them, on the host.
-
-  Args:
-    source: tokens that there are of the input.
-    prefix: as a site says it; below 0: none, or CLS.
-    patch_grid: likewise, (rows, columns); (): a square.
-
-  Returns:
-    (rows, columns), and the tokens before them.
-
-  Raises:
-    ValueError: the tokens are no such grid, or not all of it, as in the scope of a router.
-  """
-  side = math.isqrt(max(source - max(prefix, 0), 0))
-  rows, columns = patch_grid or (side, side)
-  before = source - rows * columns
-  if before not in ((prefix,) if prefix >= 0 else (0, 1)):
-    raise ValueError(
-      f"patch_grid={patch_grid}, prefix={prefix}: {source} tokens are not all patches of such an input; valid: a place "
-      "where they all are, outside of the scope of a router, and their (rows, columns), or () for a square"
-    )
-  return (rows, columns), before
-
-
 def keep_top(tokens: Tokens, score: Array, keep: Any, *, raster: bool = False) -> Plan:
   """The plan that keeps the tokens of the highest score and drops the rest.
 

@@ -10,11 +10,36 @@ import jax
 import jax.numpy as jnp
 
 from tokred.config import nearest
-from tokred.reducers.base import Planner, finish_rows, keep_top, laid_out, num_kept, on_host, ranks, register
+from tokred.reducers.base import Planner, finish_rows, keep_top, num_kept, on_host, ranks, register
 from tokred.scores import SCORES, memory
 from tokred.tokens import Array, Plan, Tokens, restore
 
 CELLS = ("grid", "chunks")
+
+
+def laid_out(source: int, prefix: int = -1, patch_grid: tuple[int, ...] = ()) -> tuple[tuple[int, int], int]:
+  """How the patches of an input lie, and how many tokens stand before them, on the host.
+
+  Args:
+    source: tokens that there are of the input.
+    prefix: as a site says it; below 0: none, or CLS.
+    patch_grid: likewise, (rows, columns); (): a square.
+
+  Returns:
+    (rows, columns), and the tokens before them.
+
+  Raises:
+    ValueError: the tokens are no such grid, or not all of it, as in the scope of a router.
+  """
+  side = math.isqrt(max(source - max(prefix, 0), 0))
+  rows, columns = patch_grid or (side, side)
+  before = source - rows * columns
+  if before not in ((prefix,) if prefix >= 0 else (0, 1)):
+    raise ValueError(
+      f"patch_grid={patch_grid}, prefix={prefix}: {source} tokens are not all patches of such an input; valid: a place "
+      "where they all are, outside of the scope of a router, and their (rows, columns), or () for a square"
+    )
+  return (rows, columns), before
 
 
 def on_grid(tokens: Tokens, score: Array, grid: tuple[int, int]) -> Array:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from tokred.config import nearest
-from tokred.reducers.base import Planner, keep_top, laid_out, num_kept, on_host, ranks, register
+from tokred.reducers.base import Planner, keep_top, num_kept, on_host, ranks, register
+from tokred.reducers.crops import laid_out
 from tokred.scores import SCORES
 from tokred.tokens import Array, Plan, Tokens
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from tokred.reducers.base import Planner, merge_into, num_kept, register
+from tokred.reducers.base import Planner, merge_into, num_kept, on_host, register
 from tokred.tokens import Array, Plan, Tokens, inverse, rank
 
 
@@ -57,7 +57,7 @@ class Pool(Planner):
     index = jnp.arange(n, dtype=jnp.int32)
     free, safe = tokens.alive & ~tokens.protected, tokens.alive & tokens.protected
     total = free.sum(1, keepdims=True, dtype=jnp.int32)
-    roots = jnp.asarray([math.isqrt(i) for i in range(n + 1)], jnp.int32)[total]
+    roots = on_host(math.isqrt, total, n)
     height = jnp.where(roots * roots == total, roots, 1)
     if self.grid:
       height = jnp.where(total == self.grid[0] * self.grid[1], self.grid[0], 1)
