@@ -9,10 +9,11 @@ gflops, gmacs, gmacs of a written token, bytes of a prompt's keys and values, ti
 """
 
 import json
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
+
+from tokred import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, or export.")
 _SPLIT = flags.DEFINE_string("split", None, "In TFDS's split syntax; config.data.eval_split where not given.")
@@ -26,39 +27,32 @@ _TIMES = flags.DEFINE_bool("times", True, "Whether a vision-language model is ti
 _OUTPUT = flags.DEFINE_string("output", None, "File for the JSON, besides printing it.")
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    sys.exit(f"eval.py: unexpected argument {argv[1]!r}; flags begin with --")
-  logging.set_verbosity(logging.WARNING)  # else JAX tells of every backend that this machine does not have
+def main() -> None:
   import tokred
   from tokred.config import refuse
   from tokred.evaluate import evaluate
   from tokred.files import write_json
 
-  try:
-    model = tokred.load(_WORKDIR.value)
-    model = tokred.freeze(model) if _MODE.value == "gather" else model
-    with model.config.unlocked():
-      model.config.data.name = _DATASET.value or model.config.data.name
-      model.config.data.data_dir = model.config.data.data_dir if _DATA_DIR.value is None else _DATA_DIR.value
-    if model.config.model.name == "vlm":
-      from configs.vlm_methods import reductions
-      from tokred.budgets import judge
+  model = tokred.load(_WORKDIR.value)
+  model = tokred.freeze(model) if _MODE.value == "gather" else model
+  with model.config.unlocked():
+    model.config.data.name = _DATASET.value or model.config.data.name
+    model.config.data.data_dir = model.config.data.data_dir if _DATA_DIR.value is None else _DATA_DIR.value
+  if model.config.model.name == "vlm":
+    from configs.vlm_methods import reductions
+    from tokred.budgets import judge
 
-      refuse(flags.FLAGS, ["mode"], "a vision-language model")
-      refuse(flags.FLAGS, [] if _METHODS.value else ["keep"], "a model as it is, without --methods")
-      models = reductions(model, _METHODS.value, _KEEP.value) if _METHODS.value else {"as it is": model}
-      result = judge(models, _SPLIT.value, _BATCH_SIZE.value, times=_TIMES.value)
-    else:
-      refuse(flags.FLAGS, ["methods", "keep", "times"], "a model of images alone")
-      result = evaluate(model, _SPLIT.value, _BATCH_SIZE.value, _MODE.value)
-    print(json.dumps(result))
-    if _OUTPUT.value:
-      write_json(Path(_OUTPUT.value), result)
-  except (ValueError, OSError) as error:
-    sys.exit(f"eval.py: {' '.join(str(error).split())}")
+    refuse(flags.FLAGS, ["mode"], "a vision-language model")
+    refuse(flags.FLAGS, [] if _METHODS.value else ["keep"], "a model as it is, without --methods")
+    models = reductions(model, _METHODS.value, _KEEP.value) if _METHODS.value else {"as it is": model}
+    result = judge(models, _SPLIT.value, _BATCH_SIZE.value, times=_TIMES.value)
+  else:
+    refuse(flags.FLAGS, ["methods", "keep", "times"], "a model of images alone")
+    result = evaluate(model, _SPLIT.value, _BATCH_SIZE.value, _MODE.value)
+  print(json.dumps(result))
+  if _OUTPUT.value:
+    write_json(Path(_OUTPUT.value), result)
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["workdir"])
-  app.run(main)
+  command.run(main, "eval.py", required=["workdir"])

@@ -5,9 +5,9 @@ image tokens that it has, or at those of a method of configs/vlm_methods.py that
   python export.py --workdir=runs/easy --output=exported --method=visionzip --keep=1.0,0.25 --max_new_tokens=4
 """
 
-import sys
+from absl import flags
 
-from absl import app, flags, logging
+from tokred import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, export or weights: what tokred.load takes.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
@@ -23,42 +23,35 @@ _NEW = flags.DEFINE_integer("max_new_tokens", 32, "That an answer of a vision-la
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of config.data.data_dir.")
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    sys.exit(f"export.py: unexpected argument {argv[1]!r}; flags begin with --")
-  logging.set_verbosity(logging.WARNING)  # else JAX tells of every backend that this machine does not have
+def main() -> None:
   import tokred
   from tokred import publish
   from tokred.config import refuse
 
   functions = dict(batch_size=_BATCH_SIZE.value, platforms=_PLATFORMS.value)
   functions |= dict(dtype=_DTYPE.value, preprocess=_PREPROCESS.value)
-  try:
-    tokred.export.check(_OUTPUT.value, _FORMATS.value, **functions)
-    if not all(size.isdecimal() for size in _LATENCY.value):
-      raise ValueError(f"--latency={','.join(_LATENCY.value)}; valid: batch sizes with commas between, or nothing")
-    trained = tokred.load(_WORKDIR.value)
-    if _DATA_DIR.value is not None:
-      with trained.config.unlocked():
-        trained.config.data.data_dir = _DATA_DIR.value
-    if trained.config.model.name == "vlm":
-      from configs.vlm_methods import reductions
+  tokred.export.check(_OUTPUT.value, _FORMATS.value, **functions)
+  if not all(size.isdecimal() for size in _LATENCY.value):
+    raise ValueError(f"--latency={','.join(_LATENCY.value)}; valid: batch sizes with commas between, or nothing")
+  trained = tokred.load(_WORKDIR.value)
+  if _DATA_DIR.value is not None:
+    with trained.config.unlocked():
+      trained.config.data.data_dir = _DATA_DIR.value
+  if trained.config.model.name == "vlm":
+    from configs.vlm_methods import reductions
 
-      refuse(flags.FLAGS, ["formats", "dtype", "preprocess", "latency"], "a vision-language model")
-      refuse(flags.FLAGS, [] if _METHOD.value else ["keep"], "a model as it is, without --method")
-      models = list(reductions(trained, [_METHOD.value], _KEEP.value).values()) if _METHOD.value else [trained]
-      options = dict(batch_size=_BATCH_SIZE.value or 1, platforms=_PLATFORMS.value, max_new_tokens=_NEW.value)
-      told = publish.language(models, _OUTPUT.value, **options)
-    else:
-      refuse(flags.FLAGS, ["method", "keep", "max_new_tokens"], "a model of images alone")
-      sizes = [int(size) for size in _LATENCY.value]
-      dense = tokred.load(_WORKDIR.value, sites={}) if sizes else None
-      told = publish.classifier(trained, dense, _OUTPUT.value, _FORMATS.value, sizes, **functions)
-  except (ValueError, OSError) as error:
-    sys.exit(f"export.py: {' '.join(str(error).split())}")
+    refuse(flags.FLAGS, ["formats", "dtype", "preprocess", "latency"], "a vision-language model")
+    refuse(flags.FLAGS, [] if _METHOD.value else ["keep"], "a model as it is, without --method")
+    models = list(reductions(trained, [_METHOD.value], _KEEP.value).values()) if _METHOD.value else [trained]
+    options = dict(batch_size=_BATCH_SIZE.value or 1, platforms=_PLATFORMS.value, max_new_tokens=_NEW.value)
+    told = publish.language(models, _OUTPUT.value, **options)
+  else:
+    refuse(flags.FLAGS, ["method", "keep", "max_new_tokens"], "a model of images alone")
+    sizes = [int(size) for size in _LATENCY.value]
+    dense = tokred.load(_WORKDIR.value, sites={}) if sizes else None
+    told = publish.classifier(trained, dense, _OUTPUT.value, _FORMATS.value, sizes, **functions)
   print(told)
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["workdir", "output"])
-  app.run(main)
+  command.run(main, "export.py", required=["workdir", "output"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "tokred"
 ROOMS = [  # from the bottom; a room may import those below it, not its neighbours
-  {"config", "files", "lora", "memory"},
+  {"command", "config", "files", "lora", "memory"},
   {"tokens"},
   {"scores"},
   {"rates", "cost"},

@@ -275,6 +275,15 @@ def test_methods_without_a_reducer_are_left_out_or_named():
     sweep.methods(c)
 
 
+def test_a_misspelt_field_of_all_runs_is_told_first(tmp_path):
+  c = config()
+  with c.unlocked():
+    c.finetune.optim.lrr = 0.1
+  with pytest.raises(ValueError, match=r"config.optim.lrr is not a field; did you mean 'lr'"):
+    sweep.run(c, tmp_path / "new")
+  assert not (tmp_path / "new").exists()
+
+
 def test_one_failed_run_leaves_the_others(swept, capsys):
   workdir, rows = swept
   with pytest.raises(ValueError, match=r"tome at 0.1, seed 0: ValueError: .*cannot go down to budget=0.1"):

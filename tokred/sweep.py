@@ -34,6 +34,7 @@ from tokred.scores import SCORES
 from tokred.train.loop import train
 
 TUNED = "+tuned"
+_FIELDS = ("methods", "budgets", "seeds", "init", "dense", "finetune", "table", "calibrate", "bench")
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -47,9 +48,13 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[dict[str, A
     The rows of results.csv, those of earlier sweeps in the same directory included.
 
   Raises:
-    ValueError: an unknown method, one whose reducer does not exist, what `plan` refuses, or a checkpoint of another
-      size, before anything is trained; at the end, what went wrong with single runs: the others are done then.
+    ValueError: a field that is missing or unknown, an unknown method, one whose reducer does not exist, what `plan`
+      refuses, or a checkpoint of another size, before anything is trained; at the end, what went wrong with single
+      runs: the others are done then.
   """
+  if missing := [name for name in _FIELDS if name not in config]:
+    raise ValueError(f"config.{missing[0]} is missing; valid: a config as configs/sweep.py makes it")
+  complete(config.finetune)  # that its fields exist
   workdir, runs = Path(workdir), plan(config, methods(config))
   workdir.mkdir(parents=True, exist_ok=True)
   cached = _share_compilation(workdir / "cache")
@@ -293,24 +298,19 @@ def _forget() -> None:
 
 def main() -> None:
   """The command line."""
-  from absl import app, flags, logging
+  from absl import flags
   from ml_collections import config_flags
+
+  from tokred import command
 
   config = config_flags.DEFINE_config_file("config", None, "configs/sweep.py:arguments.", lock_config=True)
   workdir = flags.DEFINE_string("workdir", None, "Directory of the sweep; the same command goes on where it was left.")
 
-  def command(argv: list[str]) -> None:
-    if len(argv) > 1:
-      sys.exit(f"tokred.sweep: unexpected argument {argv[1]!r}; flags begin with --")
-    logging.set_verbosity(logging.WARNING)
-    try:
-      run(config.value, workdir.value)
-    except (ValueError, ArithmeticError, OSError) as error:
-      sys.exit(f"tokred.sweep: {' '.join(str(error).split())}")
+  def sweep() -> None:
+    run(config.value, workdir.value)
     print((Path(workdir.value) / "table.md").read_text())
 
-  flags.mark_flags_as_required(["config", "workdir"])
-  app.run(command)
+  command.run(sweep, "tokred.sweep", required=["config", "workdir"])
 
 
 if __name__ == "__main__":
