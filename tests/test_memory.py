@@ -10,6 +10,9 @@ import pytest
 
 import tokred
 from tokred import memory, model
+from tokred.train.loop import train
+
+SMALL = dict(variant="mu/2", width=8, depth=1, num_heads=1, mlp_dim=8, image_size=(4, 4), channels=1, num_classes=2)
 
 FAULTS = """
 import resource, sys, ctypes
@@ -56,6 +59,16 @@ def test_a_model_that_runs_asks_for_it(monkeypatch):
   asked = []
   monkeypatch.setattr(memory, "keep_freed", lambda: asked.append(True))
   model.forward.cache_clear()
-  small = dict(variant="mu/2", width=8, depth=1, num_heads=1, mlp_dim=8, image_size=(4, 4), channels=1, num_classes=2)
-  tokred.build(dict(model=small)).init()(jax.numpy.zeros((1, 4, 4, 1)))
+  tokred.build(dict(model=SMALL)).init()(jax.numpy.zeros((1, 4, 4, 1)))
   assert asked == [True]
+
+
+def test_a_full_device_is_told_with_what_helps(tmp_path):
+  config = dict(model=SMALL | dict(mlp_dim=2**38, num_classes=10), data=dict(name="digits"), train=dict(steps=1))
+  with pytest.raises(MemoryError, match=r"memory is full \(.*emory.*; raise config.train.accumulate .*lower config.tr"):
+    train(config, tmp_path)
+  too_many = memory.advice("take fewer")(lambda: jax.numpy.zeros(2**50, "uint8").block_until_ready())
+  with pytest.raises(MemoryError, match=r"memory is full \(.*\d{16} bytes\); take fewer"):
+    too_many()
+  with pytest.raises(RuntimeError, match=r"^another$"), memory.advice("take fewer"):
+    raise RuntimeError("another")

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tokred import bench_vlm, vqa
+from tokred import bench_vlm, memory, vqa
 from tokred.data import feed, tokenizer
 from tokred.model import Reader
 
 
+@memory.advice("lower config.eval.batch_size (eval.py: --batch_size)")
 def judge(
   models: Mapping[str, Reader], split: str | None = None, batch_size: int | None = None, *, times: bool = True
 ) -> dict[str, dict[str, Any]]:
@@ -29,6 +30,7 @@ def judge(
 
   Raises:
     ValueError: no examples, a batch size below 1, or something else than models with parameters.
+    MemoryError: names the field that helps.
   """
   if batch_size is not None and batch_size < 1:
     raise ValueError(f"batch_size={batch_size}; valid: 1 or more, or None for config.eval.batch_size")

@@ -13,7 +13,7 @@ def run(main: Callable[[], None], name: str, required: Sequence[str]) -> None:
   """Parses the command line, calls `main` and leaves the process.
 
   Args:
-    main: the command; a ValueError, ArithmeticError or OSError from it is the user's, anything else a bug of ours.
+    main: the command; a ValueError, ArithmeticError, OSError or MemoryError is for the user to mend, all else a bug.
     name: of the command, before each message.
     required: flags that must be given.
   """
@@ -24,7 +24,7 @@ def run(main: Callable[[], None], name: str, required: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # else JAX tells of every backend that this machine does not have
     try:
       main()
-    except (ValueError, ArithmeticError, OSError) as error:
+    except (ValueError, ArithmeticError, OSError, MemoryError) as error:
       sys.exit(f"{name}: {' '.join(str(error).split())}")
 
   flags.mark_flags_as_required(required)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from tokred import cost, sharding, vqa
+from tokred import cost, memory, sharding, vqa
 from tokred import tokens as tk
 from tokred.data import feed, to_device
 from tokred.layout import walk
@@ -125,6 +125,7 @@ def _known(module: VLM, batch: dict[str, np.ndarray], shared: bool) -> Known:
   return Known(length, Census(min(-free, length), text))
 
 
+@memory.advice("lower config.eval.batch_size (eval.py: --batch_size)")
 def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode: str, mesh: Any = None) -> dict:
   """Accuracy over batches.
 
@@ -142,6 +143,7 @@ def run(module: ViT, params: Any, batches: Iterable[dict[str, np.ndarray]], mode
 
   Raises:
     ValueError: there are no examples.
+    MemoryError: names the field that helps.
   """
   if isinstance(module, VLM):
     return answers(module, params, batches, mode, mesh)

@@ -1,8 +1,10 @@
-"""Where a compiled model on CPU finds the memory that each of its calls needs."""
+"""Where a model compiled for CPU finds the memory that its calls need, and what helps where a device has none left."""
 
+import contextlib
 import ctypes
 import functools
 import os
+from collections.abc import Iterator
 
 import jax
 
@@ -26,3 +28,20 @@ def keep_freed() -> bool:
     return False
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # macOS and musl have none
   return mallopt is not None and bool(mallopt(MMAP_THRESHOLD, 2**30) and mallopt(TRIM_THRESHOLD, 2**31 - 1))
+
+
+@contextlib.contextmanager
+def advice(text: str) -> Iterator[None]:
+  """For a function that it decorates: where a device has no memory left, what to change.
+
+  Raises:
+    MemoryError: with what XLA says of the amount, and `text`.
+  """
+  try:
+    yield
+  except RuntimeError as error:  # XLA's: it has no type for this
+    said = str(error)
+    if "RESOURCE_EXHAUSTED" not in said and "Out of memory" not in said:
+      raise
+    line = next((line for line in said.splitlines() if "emory" in line), said.splitlines()[0])
+    raise MemoryError(f"the device's memory is full ({line.strip().rstrip('.')}); {text}") from error

@@ -19,7 +19,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from tokred import checkpoint, evaluate, loading, lora, pretrained, rates, run_dir, schedules, sharding
+from tokred import checkpoint, evaluate, loading, lora, memory, pretrained, rates, run_dir, schedules, sharding
 from tokred import data as tokred_data
 from tokred.config import complete
 from tokred.files import write_json
@@ -39,6 +39,10 @@ class Stopped(SystemExit):
   """SIGTERM came; everything is saved."""
 
 
+@memory.advice(
+  "raise config.train.accumulate (micro-batches of a step), lower config.train.batch_size, set config.model.remat=True "
+  "or dtype='bfloat16', or share parameters over devices with config.mesh.fsdp"
+)
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   """Trains what `config` describes, or goes on where `workdir` was left.
 
@@ -52,6 +56,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
   Raises:
     ValueError: an error in the config, before anything is compiled, or a run directory of another config.
     NonFiniteLoss: names the term; the last good checkpoint stays.
+    MemoryError: names fields that help.
     Stopped: after SIGTERM, when all is saved.
   """
   if not os.fspath(workdir):
