@@ -41,7 +41,7 @@ SLOW = (
   "test_llm_sites", "test_loading", "test_loop", "test_mctf", "test_model", "test_notebook",
   "test_onnx", "test_pairs", "test_pipeline", "test_readme",
   "test_recover", "test_router_gates", "test_routing", "test_selectors", "test_slots", "test_spa", "test_stvit",
-  "test_sweep", "test_two_processes",
+  "test_signals", "test_sweep", "test_two_processes",
   "test_anyres", "test_arank", "test_bench_vlm", "test_conversations", "test_every_reducer", "test_export_vlm",
   "test_learned_cuts", "test_crops",
   "test_learned_shares", "test_merging", "test_methods", "test_projectors", "test_qwen", "test_recorded",

@@ -1,6 +1,7 @@
 """What commands with absl's flags have in common: whatever a user can mend is told in one line."""
 
 import functools
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ def run(main: Callable[[], None], name: str, required: Sequence[str]) -> None:
     except (ValueError, ArithmeticError, OSError, MemoryError) as error:
       sys.exit(f"{name}: {' '.join(str(error).split())}")
 
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process, and shows no traceback
   flags.mark_flags_as_required(required)
   app.run(call, flags_parser=functools.partial(_parse, name))
 

@@ -1,6 +1,7 @@
 """What tests of training share."""
 
 import os
+import signal
 
 import pytest
 
@@ -21,10 +22,10 @@ def stop_at(monkeypatch):
   def ask(step):
     class AtStep(real):
       def _any_asked(self, now):
-        self.asked = self.asked or (step is not None and now >= step)
+        self.asked = signal.SIGTERM if step is not None and now >= step else self.asked
         return super()._any_asked(now)
 
-    monkeypatch.setattr(signals, "Sigterm", AtStep)
+    monkeypatch.setattr(signals, "Caught", AtStep)
 
-  real = signals.Sigterm
+  real = signals.Caught
   return ask

@@ -77,8 +77,8 @@ def whole(cached_environment, tmp_path_factory):
 def test_kills(kills, whole, cached_environment, tmp_path):
   chance, saves_hit, codes = random.Random(0), 0, []
   moments = sorted(chance.sample(range(6, STEPS - 40), kills))  # far enough from the end to come in time
-  kill, ask = signal.SIGKILL, signal.SIGTERM
-  kinds = list(itertools.islice(itertools.cycle([(kill, True), (ask, False), (kill, False), (ask, True)]), kills))
+  kill, ask, ctrl_c = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+  kinds = list(itertools.islice(itertools.cycle([(kill, True), (ask, False), (kill, False), (ctrl_c, True)]), kills))
   chance.shuffle(kinds)
   for moment, (number, during_save) in zip(moments, kinds, strict=True):
     process = start(tmp_path, cached_environment)
@@ -92,10 +92,11 @@ def test_kills(kills, whole, cached_environment, tmp_path):
     _, err = process.communicate(timeout=DEADLINE)
     assert "Traceback" not in err, err
     codes.append(process.returncode)
-    if process.returncode == 143:
-      assert f"SIGTERM: saved step {checkpoint.steps(tmp_path / checkpoint.FOLDER)[-1]} of {STEPS}" in err
+    if process.returncode in (143, 130):
+      name = "SIGTERM" if process.returncode == 143 else "SIGINT"
+      assert f"{name}: saved step {checkpoint.steps(tmp_path / checkpoint.FOLDER)[-1]} of {STEPS}" in err
   assert codes.count(-kill) == kills // 2, codes
-  assert set(codes) <= {-kill, 143, -ask}, codes  # -SIGTERM: it was not in the loop yet
+  assert set(codes) <= {-kill, 143, 130, -ask, -ctrl_c}, codes  # negative: it was not in the loop yet
   assert saves_hit >= 3 * kills // 10
   process = start(tmp_path, cached_environment)
   _, err = process.communicate(timeout=DEADLINE)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from tokred import checkpoint, loading, run_dir, sharding
 from tokred.config import complete
 from tokred.model import build, freeze
-from tokred.train import loop, signals
+from tokred.train import loop
 from tokred.train import step as step_lib
 from tokred.train.loop import NonFiniteLoss, Stopped, train
 from tokred.train.phase import Phase
@@ -271,15 +271,6 @@ def test_a_signal_while_the_last_checkpoint_is_written(run, monkeypatch, tmp_pat
   with pytest.raises(Stopped):
     train(micro.config(), workdir)
   assert checkpoint.steps(workdir / checkpoint.FOLDER)[-1] == 6
-
-
-def test_several_processes_look_for_signals_at_the_last_step_too(monkeypatch):
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(signals.multihost_utils, "process_allgather", lambda asked: np.array([False, asked]))
-  with signals.Sigterm(13) as asked:
-    assert not asked(10)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert [asked(step) for step in (11, 12, 13)] == [False, False, True]
 
 
 def test_accumulation_changes_rounding_only(one_device, tmp_path):

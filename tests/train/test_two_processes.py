@@ -16,17 +16,18 @@ from tokred.train.loop import train
 
 FOLDER = Path(__file__).parent
 CODE = """
-  import sys
+  import signal, sys
   import jax, micro
   from tokred.train import loop, signals
   leave = int(sys.argv[2])
 
-  class AtStep(signals.Sigterm):
+  class AtStep(signals.Caught):
     def _any_asked(self, step):
-      self.asked = jax.process_index() == 1 and 0 < leave <= step  # one of them is asked, and both leave
+      asked = jax.process_index() == 1 and 0 < leave <= step  # one of them is asked, and both leave
+      self.asked = signal.SIGTERM if asked else 0
       return super()._any_asked(step)
 
-  signals.Sigterm, signals.LOOK_EVERY = AtStep, 2
+  signals.Caught, signals.LOOK_EVERY = AtStep, 2
   summary = loop.train(micro.two_processes(), sys.argv[1])
   print("counts", summary["counts"])
 """

@@ -8,6 +8,7 @@ parameters' shardings; last the checkpoint of this run, which overwrites all of 
 import contextlib
 import math
 import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ class NonFiniteLoss(FloatingPointError):
 
 
 class Stopped(SystemExit):
-  """SIGTERM came; everything is saved."""
+  """SIGTERM or Ctrl-C came; everything is saved."""
 
 
 @memory.advice(
@@ -57,7 +58,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     ValueError: an error in the config, before anything is compiled, or a run directory of another config.
     NonFiniteLoss: names the term; the last good checkpoint stays.
     MemoryError: names fields that help.
-    Stopped: after SIGTERM, when all is saved.
+    Stopped: after SIGTERM or Ctrl-C, when all is saved.
   """
   if not os.fspath(workdir):
     raise ValueError("workdir='' is no directory; valid: where this run shall live, such as runs/digits")
@@ -120,7 +121,7 @@ class _Run:
   def steps(self, step: int, state: Any, stream: Iterator[tuple[Any, Any]], teacher: Any) -> Any:
     """Runs to the end, and returns the state.  Metrics of a step are fetched when the next one is under way."""
     c, last = self.phase.config, None
-    with signals.Sigterm(self.total) as asked:
+    with signals.Caught(self.total) as asked:
       while step < self.total:
         state = self._frozen(state, step)
         batch, data_state = next(stream)
@@ -137,11 +138,12 @@ class _Run:
         if step % c.train.checkpoint_every == 0 or done or leave:
           last = self._report(last)  # nothing is saved that is not known to be good
           state = self._frozen(state, step) if done else state
-          self.saved.save(step, state, data_state=data_state, config=self.phase.config, wait=leave or done)
+          self.saved.save(step, state, data_state=data_state, config=self.phase.config, wait=bool(leave) or done)
           leave = leave or (done and asked(step))  # the last one may take minutes
         if leave:
-          self.log.message(f"SIGTERM: saved step {step} of {self.total}; the same command goes on from there")
-          raise Stopped(143)
+          name = signal.Signals(leave).name
+          self.log.message(f"{name}: saved step {step} of {self.total}; the same command goes on from there")
+          raise Stopped(128 + leave)
     return state
 
   def evaluate(self, state: Any, final: bool = False) -> dict[str, Any]:
