@@ -1,4 +1,8 @@
+import errno
+import fcntl
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -38,6 +42,31 @@ def test_config_of_another_run(tmp_path):
   assert "config.sites.prune.keep: 0.5 there, 0.7 here" in text
   assert "config.sites.merge.keep: 'absent' there, 8 here" in text
   assert "another --workdir" in text
+
+
+def test_one_run_at_a_time(tmp_path, monkeypatch):
+  run, told = tmp_path / "run", r"workdir='.*run': another run trains there; .* another --workdir"
+  with run_dir.locked(run):
+    with pytest.raises(ValueError, match=told), run_dir.locked(run):
+      pass
+    with run_dir.locked(tmp_path / "other"):
+      pass
+  code = f"from tokred import run_dir\nwith run_dir.locked({str(run)!r}):\n  print(flush=True)\n  input()"
+  with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    process.stdout.readline()
+    with pytest.raises(ValueError, match=told), run_dir.locked(run):
+      pass
+    process.kill()
+    process.wait()
+    with run_dir.locked(run):
+      pass
+
+  def no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(fcntl, "flock", no_locks)  # as on some network file systems
+  with run_dir.locked(run), run_dir.locked(run):
+    pass
 
 
 def test_checkpoints_of_no_config(tmp_path):

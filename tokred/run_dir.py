@@ -1,12 +1,16 @@
 """What a run directory holds besides its checkpoints: the config of the run, and the words that it learned from."""
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from tokred import checkpoint
@@ -15,6 +19,7 @@ from tokred.files import write_json
 
 CONFIG = "config.json"
 WORDS = "words.json"  # of a run that learned from text: what its tokenizer knows
+LOCK = ".lock"  # empty; the operating system knows who holds it
 
 # A run may be resumed with other values of these: they do not change what is learned.
 _MAY_CHANGE = re.compile(
@@ -28,6 +33,34 @@ def write_config(directory: str | os.PathLike, config: ConfigDict) -> None:
   if jax.process_index() == 0:
     Path(directory).mkdir(parents=True, exist_ok=True)
     write_json(Path(directory) / CONFIG, config.to_dict())
+
+
+@contextlib.contextmanager
+def locked(directory: str | os.PathLike) -> Iterator[None]:
+  """As long as one is within, or until the process dies, no other run may be; the first of several processes decides.
+
+  Makes the directory.  Where its file system has no locks nobody is kept out.
+
+  Raises:
+    ValueError: another run is within; in all processes.
+  """
+  with contextlib.ExitStack() as held:
+    free = True
+    if jax.process_index() == 0:
+      Path(directory).mkdir(parents=True, exist_ok=True)
+      try:
+        import fcntl  # Windows has none
+
+        fcntl.flock(held.enter_context((Path(directory) / LOCK).open("a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        free = False
+      except (ImportError, OSError):
+        pass
+    if jax.process_count() > 1:
+      free = bool(multihost_utils.broadcast_one_to_all(np.asarray(free)))
+    if not free:
+      raise ValueError(f"workdir='{directory}': another run trains there; wait for its end, or use another --workdir")
+    yield
 
 
 def read_config(directory: str | os.PathLike) -> ConfigDict:

@@ -270,6 +270,13 @@ class TestRunDirectory:
     assert len(compilations) == before
     assert run_dir.read_config(workdir) == micro.config(data=dict(labels=tuple("0123456789")))
 
+  def test_of_a_run_that_trains_now(self, workdir):
+    with run_dir.locked(workdir), pytest.raises(ValueError, match=r"workdir='.*/run': another run trains there"):
+      train(micro.config(), workdir)
+    with run_dir.locked(workdir):
+      assert tokred.load(workdir).params  # to read is always allowed
+    assert train(micro.config(), workdir)["step"] == micro.STEPS
+
   def test_with_other_logging_is_resumed(self, workdir):
     assert train(micro.config(train=dict(log_every=2), eval=dict(batch_size=30)), workdir)["step"] == micro.STEPS
 

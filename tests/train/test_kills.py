@@ -103,5 +103,5 @@ def test_kills(kills, whole, cached_environment, tmp_path):
   assert process.returncode == 0, err
   micro.assert_same_run(whole, tmp_path)
   left = {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name}
-  assert left - {"metrics.jsonl.partial"} == {"config.json", "metrics.jsonl", "checkpoints", "summary.json"}
+  assert left - {"metrics.jsonl.partial"} == {".lock", "config.json", "metrics.jsonl", "checkpoints", "summary.json"}
   assert sorted(os.listdir(tmp_path / "checkpoints"), key=int) == [str(STEPS - 5), str(STEPS)]

@@ -55,7 +55,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     The summary: what `tokred.evaluate` reports of the reduced model in the form that ships, and seconds.
 
   Raises:
-    ValueError: an error in the config, before anything is compiled, or a run directory of another config.
+    ValueError: an error in the config, before anything is compiled, or a run directory that another config or another
+      run has.
     NonFiniteLoss: names the term; the last good checkpoint stays.
     MemoryError: names fields that help.
     Stopped: after SIGTERM or Ctrl-C, when all is saved.
@@ -84,30 +85,31 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
   run_dir.check_config(workdir, config)
   teacher = _teacher(phase)
   state = None if checkpoint.steps(workdir / checkpoint.FOLDER) else _first_state(phase)
-  _write_words(config, workdir)
-  run_dir.write_config(workdir, config)  # only here: what fails before leaves no run that could be in the way
-  saved = checkpoint.Checkpoints(workdir / checkpoint.FOLDER, config.train.keep_checkpoints)
-  try:
-    step = saved.latest_step() or 0
-    if step:
-      phase = _resumed(phase, workdir / checkpoint.FOLDER / str(step), total)
-      state, data_state = saved.restore(phase.target, step)
-      batches.set_state(data_state)
-    with MetricLog(workdir, step or None) as log:
+  with run_dir.locked(workdir):  # only here: what fails before leaves no run that could be in the way
+    _write_words(config, workdir)
+    run_dir.write_config(workdir, config)
+    saved = checkpoint.Checkpoints(workdir / checkpoint.FOLDER, config.train.keep_checkpoints)
+    try:
+      step = saved.latest_step() or 0
       if step:
-        log.message(f"resuming {workdir} at step {step} of {total}")
-      log.start(total, step, config.train.batch_size)
-      run = _Run(phase, saved, log, eval_batches, total)
-      place = sharding.batch_sharding(mesh)
-      stream = tokred_data.to_device(batches, place, config.data.prefetch)
-      state = run.steps(step, state, stream, teacher)
-      result = run.evaluate(state, final=True)
-  finally:
-    batches.close()
-    saved.close()
-  summary = result | {"step": total, "seed": config.seed, "seconds": round(time.monotonic() - begin, 1)}
-  if jax.process_index() == 0:
-    write_json(workdir / "summary.json", summary)
+        phase = _resumed(phase, workdir / checkpoint.FOLDER / str(step), total)
+        state, data_state = saved.restore(phase.target, step)
+        batches.set_state(data_state)
+      with MetricLog(workdir, step or None) as log:
+        if step:
+          log.message(f"resuming {workdir} at step {step} of {total}")
+        log.start(total, step, config.train.batch_size)
+        run = _Run(phase, saved, log, eval_batches, total)
+        place = sharding.batch_sharding(mesh)
+        stream = tokred_data.to_device(batches, place, config.data.prefetch)
+        state = run.steps(step, state, stream, teacher)
+        result = run.evaluate(state, final=True)
+    finally:
+      batches.close()
+      saved.close()
+    summary = result | {"step": total, "seed": config.seed, "seconds": round(time.monotonic() - begin, 1)}
+    if jax.process_index() == 0:
+      write_json(workdir / "summary.json", summary)
   return summary
 
 
