@@ -106,7 +106,8 @@ def read(path: str | os.PathLike[str], target: Any = None, model: Any = None) ->
 
   Raises:
     FileNotFoundError: nothing is there.
-    ValueError: it is damaged, or `model` differs from the files in what their arrays do not show (activation, ...).
+    ValueError: it is damaged, or `model` differs from the files in sizes or in what their arrays do not show
+      (activation, ...).
   """
   source = _source(path)
   if source is not None:
@@ -123,8 +124,9 @@ def read(path: str | os.PathLike[str], target: Any = None, model: Any = None) ->
   if target is None or model is None:
     return params
   own = {name: pretrained.Lazy(a.shape, a.dtype, lambda a=a: a) for name, a in _flat(params).items()}
-  silent = {field: config.model[field] for field in ("activation", "norm_eps", "position", "rope_theta")}
-  source = pretrained.Source(str(path), {"model": silent}, {}, lambda heads: (), _grid(config.model), own=own)
+  told = {field: config.model[field] for field in ("activation", "norm_eps", "position", "rope_theta")}
+  told |= {field: getattr(shape(config.model), field) for field in ("width", "depth", "mlp_dim", "num_heads")}
+  source = pretrained.Source(str(path), {"model": told}, {}, lambda heads: (), _grid(config.model), own=own)
   source.check(model)
   if model.name == "vlm":
     return traverse_util.unflatten_dict(_projected(own, _flat(target), str(path)), sep="/")

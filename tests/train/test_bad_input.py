@@ -305,16 +305,18 @@ class TestRunDirectory:
     shutil.rmtree(step)  # what the message advises
     assert train(micro.config(), workdir)["step"] == micro.STEPS
 
-  def test_init_of_another_shape(self, workdir, tmp_path):
-    config = micro.config(model=dict(width=32), init=str(workdir))
-    with pytest.raises(ValueError, match=r"config.init=.* does not fit config.model: of another shape: .*\(16,"):
+  def test_init_of_another_shape(self, workdir, tmp_path, compilations):
+    config = micro.config(model=dict(width=48, variant="Ti/1", num_heads=0), init=str(workdir))
+    told = r"run is of another size \(config.model.width: 16 there, 48 here; config.model.num_heads: 2 there, 3 here\)"
+    before = len(compilations)
+    with pytest.raises(ValueError, match=told):
       train(config, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+    assert len(compilations) == before and not (tmp_path / "other").exists()
 
   def test_teacher_of_another_shape(self, workdir, tmp_path, compilations):
-    config = micro.config(model=dict(depth=3), teacher=str(workdir), loss=dict(distill_logits=1.0))
+    config = micro.config(model=dict(depth=3, width=32), teacher=str(workdir), loss=dict(distill_logits=1.0))
     before = len(compilations)
-    with pytest.raises(ValueError, match=r"config.teacher=.* does not fit config.model: missing: block_2/"):
+    with pytest.raises(ValueError, match=r"another size \(config.model.width: 16 there, 32 here; .*depth: 2 there, 3"):
       train(config, tmp_path / "other")
     assert len(compilations) == before
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from tokred.nn.vit import VARIANTS
+from tokred.nn.vit import VARIANTS, shape
 from tokred.pretrained import resize
 from tokred.pretrained.rules import ANEW, Arrays, Lazy, Row, reading, translate
 
 HEADS = ("head", "head_dist")
 SIZES = ("width", "depth", "mlp_dim", "num_heads")
-SILENT = ("num_heads", "activation", "norm_eps", "rope_theta", "position")  # no name or shape of an array tells these
+SILENT = ("activation", "norm_eps", "rope_theta", "position")  # no name or shape of an array tells these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,16 @@ class Source:
     return out
 
   def check(self, model: Mapping[str, Any]) -> None:
-    """Raises ValueError where `config.model` differs from the files in what their arrays do not show."""
-    known = self.fields.get("model", {})
+    """Raises ValueError where `config.model` differs from the files in sizes, or in what their arrays do not show."""
+    known, ours = self.fields.get("model", {}), shape(model)
+    sizes = [(field, known.get(field), getattr(ours, field)) for field in SIZES]
+    if other := [
+      f"config.model.{field}: {there} there, {here} here" for field, there, here in sizes if there not in (None, here)
+    ]:
+      raise ValueError(f"{self.path} is of another size ({'; '.join(other)}); set the fields as there")
     turned = "rope2d" in (model["position"], known.get("position"))  # other positions show in the arrays
     for field in SILENT:
-      if field not in known or model[field] == known[field] or (field == "num_heads" and not model[field]):
+      if field not in known or model[field] == known[field]:
         continue
       if turned or field not in ("rope_theta", "position"):
         raise ValueError(

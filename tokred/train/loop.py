@@ -273,11 +273,11 @@ def _write_words(config: ConfigDict, workdir: Path) -> None:
 def _first_state(phase: Phase) -> Any:
   """State at step 0, sharded; weights of `config.init` over what was drawn."""
   c = phase.config
-  if c.init:
-    loading.read_config(c.init)  # a path that does not exist is to be told before anything is compiled
+  if c.init:  # before anything is compiled: it may be another model's
+    loaded = loading.read(c.init, jax.eval_shape(lambda: init(phase.module, c.seed)), c.model)
   params = sharding.init_sharded(lambda: init(phase.module, c.seed), mesh=phase.mesh, rules=phase.rules)
   if c.init:
-    params = loading.into(params, loading.read(c.init, params, c.model), f"config.init={c.init}")
+    params = loading.into(params, loaded, f"config.init={c.init}")
   return jax.jit(phase.new_state, out_shardings=phase.shardings)(params)
 
 
