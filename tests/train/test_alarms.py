@@ -148,6 +148,19 @@ def test_a_reducer_that_nothing_teaches(one_device, tmp_path, capfd):
     assert (norms == [0.0] * 4 and told == 1) if rate else (norms[-1] > 0 and told == 0)
 
 
+def test_a_reducer_that_learns_nothing_where_tokens_are_taken_away(one_device, tmp_path, capfd):
+  """In gather mode that is the cause; behind the step in which rates freeze it is meant so."""
+  site = dict(reducer="stts", layers=(1,), place="before", keep=9)
+  loop.train(config(dict(pick=site), train=dict(steps=4, mode="gather")), tmp_path / "gather")
+  told = capfd.readouterr().err
+  assert told.count("pick learns nothing, its gradient is 0: config.train.mode='gather' takes tokens away") == 1
+  assert "rate='fixed'" not in told
+  sites = dict(pick=site, rates=dict(reducer="topk", layers=(0,), rate="learned"))
+  loop.train(config(sites, rates=dict(freeze_step=1)), tmp_path / "frozen")
+  assert metrics(tmp_path / "frozen")[-1]["train/grad_norm/block_1/reduce/pick"] == 0.0
+  assert "learns nothing" not in capfd.readouterr().err
+
+
 def test_an_alarm_is_raised_once_and_only_when_it_lasts():
   watch = Alarms(module(reducer="gumbel", layers=(1,), keep=0.5).sites)
   bad, good = {"counts/tokens/1": 17.0}, {"counts/tokens/1": 9.0}

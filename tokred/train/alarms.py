@@ -18,14 +18,23 @@ NEARLY = 0.98
 
 
 class Alarms:
-  """Remembers what was seen, so that each alarm is raised once, after `PATIENCE` reports in a row."""
+  """Remembers what was seen, so that each alarm is raised once, after `PATIENCE` reports in a row.
 
-  def __init__(self, sites: Sites):
-    self.sites, self._seen = sites, dict[str, int]()
+  Args:
+    sites: of the model that trains.
+    mode: in which it trains.
+    freeze_step: `config.rates.freeze_step`; behind it training gathers, and selectors are what they shall be.
+  """
+
+  def __init__(self, sites: Sites, mode: str = "mask", freeze_step: int = 0):
+    self.sites, self.mode, self._seen = sites, mode, dict[str, int]()
+    self.frozen = mode == "gather" and freeze_step > 0
 
   def new(self, metrics: Mapping[str, float]) -> list[str]:
     """The messages that are due after this report of metrics."""
     found = collapsed(self.sites, metrics)
+    idle = [name for name, norm in metrics.items() if name.startswith("grad_norm/") and norm == 0]
+    found |= {name: untaught(name, self.mode) for name in idle if not self.frozen}
     self._seen = {name: self._seen.get(name, 0) + 1 for name in found}
     return [text for name, text in found.items() if self._seen[name] == PATIENCE]
 
@@ -35,9 +44,8 @@ def collapsed(sites: Sites, metrics: Mapping[str, float]) -> dict[str, str]:
 
   Args:
     sites: of the model that trains.
-    metrics: by name; read are `counts/<spot>`, `overlap/<spot>`, `kept/<spot>`, `grad_norm/<reducer>`, and whether
-      `global_ratio` is a term of the loss: it lets single selectors keep all or none, so that those of a site are
-      judged together.
+    metrics: by name; read are `counts/<spot>`, `overlap/<spot>`, `kept/<spot>`, and whether `global_ratio` is a term of
+      the loss: it lets single selectors keep all or none, so that those of a site are judged together.
   """
   spots = [spot for spot in sites.spots if f"counts/{spot.label}" in metrics]
   counts = {spot: metrics[f"counts/{spot.label}"] for spot in spots}
@@ -63,7 +71,7 @@ def collapsed(sites: Sites, metrics: Mapping[str, float]) -> dict[str, str]:
     group = [spot for spot in spots if spot.site == site]
     if text := thresholds(group, [counts[spot] for spot in group], sites.stack.depth):
       out[f"threshold/{site}"] = text
-  return out | {name: untaught(name) for name, norm in metrics.items() if name.startswith("grad_norm/") and norm == 0}
+  return out
 
 
 def selector(name: str, spots: Sequence[Spot], counts: Sequence[float]) -> str:
@@ -128,12 +136,18 @@ def router(spot: Spot, overlap: float | None) -> str:
   )
 
 
-def untaught(name: str) -> str:
-  """A reducer whose parameters have no gradient at all; `name` is that of its norm."""
-  return (
-    f"{name.removeprefix('grad_norm/')} learns nothing, its gradient is 0: no term of config.loss reads it, and what "
-    "it decides teaches it nothing; try rate='fixed' (a threshold that is given has no gradient), a term for it "
-    "(keep_ratio, recalibration), a layer behind which its tokens are read, or config.optim.freeze"
+def untaught(name: str, mode: str) -> str:
+  """A reducer whose parameters have no gradient at all; `name` is that of its norm, `mode` that of training."""
+  start = f"{name.removeprefix('grad_norm/')} learns nothing, its gradient is 0: "
+  if mode == "gather":
+    return start + (
+      "config.train.mode='gather' takes tokens away, and who is gone teaches nothing; try mode='mask' (with "
+      "config.rates.freeze_step where rates are learned), a term of config.loss for it, or config.optim.freeze"
+    )
+  return start + (
+    "no term of config.loss reads it, and what it decides teaches it nothing; try rate='fixed' (a threshold that is "
+    "given has no gradient), a term for it (keep_ratio, recalibration), a layer behind which its tokens are read, or "
+    "config.optim.freeze"
   )
 
 

@@ -118,7 +118,7 @@ class _Run:
 
   def __init__(self, phase: Phase, saved: checkpoint.Checkpoints, log: MetricLog, eval_batches: Any, total: int):
     self.phase, self.saved, self.log, self.eval_batches, self.total = phase, saved, log, eval_batches, total
-    self.alarms = Alarms(phase.module.sites)
+    self.alarms = Alarms(phase.module.sites, phase.mode, phase.config.rates.freeze_step)
 
   def steps(self, step: int, state: Any, stream: Iterator[tuple[Any, Any]], teacher: Any) -> Any:
     """Runs to the end, and returns the state.  Metrics of a step are fetched when the next one is under way."""
@@ -174,7 +174,7 @@ class _Run:
       config.loss.budget = 0.0
     self._tell(frozen)
     self.phase = Phase(config, self.phase.mesh, self.total, frozen=True, rows=self.phase.rows)
-    self.alarms = Alarms(self.phase.module.sites)
+    self.alarms = Alarms(self.phase.module.sites, self.phase.mode, config.rates.freeze_step)
     return transfer(state, self.phase.target)
 
   def _at_target(self, frozen: Model) -> Model:
