@@ -85,7 +85,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def _reduced(config: ConfigDict, args: ConfigDict, same_head: bool) -> ConfigDict:
   """The config with the method's sites, loss and counts, and with `init` and what is frozen."""
-  from tokred import sweep
+  import jax
+
+  from tokred import sharding, sweep
+  from tokred.model import build, init
   from tokred.nn import vit
 
   table = METHODS
@@ -106,4 +109,10 @@ def _reduced(config: ConfigDict, args: ConfigDict, same_head: bool) -> ConfigDic
     head = "" if same_head else "|head"
     full.rates.freeze_step = full.rates.freeze_step if head else 0  # behind it nothing would be left to learn
     full.optim.freeze = (rf"(?!(.*/)?reduce/{head}).*",)
+    params = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init(build(full).module, 0)))
+    if same_head and not any("reduce" in sharding.path_name(path).split("/") for path, _ in params):
+      raise ValueError(
+        f"config arguments tune='reducers' and method={args.method!r}: this method has nothing to train; valid: "
+        "tune=full or lora, or a method with parameters of its own, such as diffrate"
+      )
   return complete(full)

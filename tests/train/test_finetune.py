@@ -258,6 +258,11 @@ def test_the_recipe_trains_from_hugging_face(arguments, one_device, tmp_path):
     ("runlocal,dataset=cifr10", ValueError, r"dataset='cifr10' is unknown; did you mean 'cifar10'\?.*with classes=N"),
     ("runlocal,dataset=image_folder", ValueError, "config argument classes is missing"),
     ("runlocal,tune=some", ValueError, "config argument tune='some' is unknown; valid: full, lora, reducers"),
+    (
+      "runlocal,dataset=digits,tune=reducers,method=tome",
+      ValueError,
+      "tune='reducers' and method='tome': this .*=full",
+    ),
     ("runlocal,method=evitt", ValueError, r"config argument method='evitt' is unknown; did you mean 'evit'\?"),
     ("runlocal,dataset=digits,image_size=18", ValueError, r"config.model.image_size=\(18, 18\) must be"),
     ("init=runs/nowhere,dataset=digits", FileNotFoundError, "runs/nowhere"),
