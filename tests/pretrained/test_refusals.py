@@ -43,6 +43,14 @@ def test_no_config(vit):
   assert "neither transformers' model_type nor timm's architecture" in refused(vit)
 
 
+@pytest.mark.parametrize("model", [None, dict(num_classes=3)])
+def test_half_a_head(tmp_path, model):
+  """It loaded without a head, as if it had none."""
+  cut = lambda state: {name: array for name, array in state.items() if name != "classifier.weight"}
+  theirs.write(tmp_path, "vit", FIELDS, 3, change=cut)
+  assert "has the bias of a classifier (head/bias) but not its weight; fetch it again" in refused(tmp_path, model=model)
+
+
 def test_shards(vit):
   names = theirs.shard(vit)
   tokred.load(vit)

@@ -82,6 +82,9 @@ class Source:
       target: nested dict of arrays or ShapeDtypeStructs.
       grid: patches of the target along height and width; None: as many as in the file, or a square.
       new_heads: else a head that differs is left for `merge` to complain about.
+
+    Raises:
+      ValueError: half of a head.
     """
     wanted = traverse_util.flatten_dict(dict(target), sep="/")
     qkv = wanted.get("block_0/attn/qkv/kernel")
@@ -101,6 +104,8 @@ class Source:
     for head in HEADS:
       name, names = f"{head}/kernel", (f"{head}/kernel", f"{head}/bias")
       theirs, ours = (tree[name].shape if name in tree else None for tree in (loaded, wanted))
+      if not theirs and names[1] in loaded:
+        raise ValueError(f"{self.path} has the bias of a classifier ({names[1]}) but not its weight; fetch it again")
       if ours is None:
         for leaf in names:
           loaded.pop(leaf, None)
