@@ -51,6 +51,38 @@ def test_autoencoder_loss():
   np.testing.assert_allclose(out["loss"], 1 + 0.5 / 3, rtol=1e-6)
 
 
+def test_what_the_autoencoder_aims_at_by_hand():
+  """CLS, four tokens and two that are dead; the logits are the bias, whatever the tokens are.
+
+  At (-20, 20) none of the four is drawn, and the hinge is at what `keep` leaves of them, (3 - 1) / 4: 0.5 x 1 / 2.  At
+  (20, -20) all are, and 0.5 x 1.  Errors are of normalised tokens, and CLS, which stays, is there to make them up.
+  At (0, 0) and tau = 100 a token's slope is p (1 - p) / tau of a p near 1 / 2, up in the logit that keeps.
+  """
+  reducer = autoencoder.Autoencoder(num_layers=1, num_heads=1, temperature=100.0)
+  x = jax.random.normal(jax.random.key(1), (1, 7, 8))
+  tokens = make(x, prefix=1, alive=[[True] * 5 + [False] * 2])
+  apply = functools.partial(reducer.apply, train=True, mode="mask", rngs={"reduce": jax.random.key(2)})
+  begin = functools.partial(reducer.init, train=True, mode="mask")
+  params = jax.jit(begin, static_argnums=2, compiler_options=quick())(jax.random.key(0), tokens, 3)["params"]
+
+  def kept(bias, x):
+    made = params | {"logits": dict(kernel=jnp.zeros((8, 2)), bias=bias)}
+    report = apply({"params": made}, tokens.replace(x=x), 3)[1]
+    return report["kept"], report
+
+  slope_and_report = jax.jit(jax.jacobian(kept, has_aux=True), compiler_options=quick())
+  report = lambda bias, x=x: slope_and_report(jnp.asarray(bias), x)[1]
+  none = [-20.0, 20.0]
+  for bias, share, hinge in ((none, 0, 0.25), ([20.0, -20.0], 1, 0.5)):
+    out = report(bias)
+    np.testing.assert_array_equal(out["kept"], [share])
+    np.testing.assert_allclose(out["loss"] - out["error"], [hinge], rtol=1e-5)
+  np.testing.assert_allclose(report(none, 3 * x)["error"], report(none)["error"], rtol=1e-4)
+  assert abs(report(none, x.at[0, 0].set(x[0, 1]))["error"] - report(none)["error"]) > 1e-4
+  slope, _ = slope_and_report(jnp.zeros(2), x)
+  np.testing.assert_allclose(100 * slope[0], [0.25, -0.25], rtol=0.01)
+
+
 def test_place_code():
   """Width 5, two frequencies 1 and 10000^(-1/2) = 0.01: sin 2, sin 0.02, cos 2, cos 0.02, and a zero."""
   code = autoencoder.place_code(jnp.asarray([[2]]), 5)

@@ -78,6 +78,26 @@ def test_who_chooses_by_hand(mode, rows):
     np.testing.assert_allclose(report["predictor_accuracy"], [0.5])
 
 
+def test_a_predictor_learns_alone():
+  """r = (2, 1, 0) behind a protected token takes the first two; of yes, no and yes one is right, and the block learns
+  nothing from its loss."""
+  tokens = tk.start(jnp.asarray([[[3.0, 3], [2, 1], [1, -1], [0, 1]]]), 1)
+  params = {
+    "kernel": jnp.asarray([1.0, 0.0]),
+    "predictor_in": dict(kernel=jnp.asarray([[0.0], [1.0]]), bias=jnp.zeros(1)),
+    "predictor_out": dict(kernel=jnp.ones((1, 1)), bias=jnp.zeros(1)),
+  }
+
+  def loss(x):
+    apply = functools.partial(Router(predictor=2.0).apply, {"params": params}, train=True, mode="mask")
+    report = apply(tokens.replace(x=x), 3)[1]
+    return report["loss_predictor"].sum(), report
+
+  slope, report = jax.jit(jax.grad(loss, has_aux=True), compiler_options=quick())(tokens.x)
+  assert not slope.any()
+  np.testing.assert_allclose(report["predictor_accuracy"], [1 / 3], rtol=1e-6)
+
+
 def test_gathered_training_is_that_of_mask_mode():
   module, params, images = small(keep=9, predictor=0.5)
   rng = np.random.default_rng(1)

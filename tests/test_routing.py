@@ -1,6 +1,7 @@
 """Tokens that halt or go round: A-ViT, DyT, scopes over several blocks, against the authors' code or by hand."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from tokred import config as defaults
 from tokred import losses, schedules
 from tokred import tokens as tk
 from tokred.nn import vit
-from tokred.reducers.dyt import dispatch
+from tokred.reducers.dyt import DyT, dispatch
+from tokred.reducers.gumbel import Gumbel
 
 SMALL = dict(variant="mu/4", width=16, depth=4, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=3)
 
@@ -116,6 +118,49 @@ def test_dyt_dispatcher(case):
   np.testing.assert_allclose(ratio, arrays[f"c{case}_loss_token_weighted"], rtol=1e-5)
   ce = optax.softmax_cross_entropy_with_integer_labels(get("pred"), get("labels")).mean()
   np.testing.assert_allclose(ce + ratio, arrays[f"c{case}_loss_total"], rtol=1e-5)
+
+
+def test_dyt_by_hand():
+  """CLS, tokens of logits 2, -1, 1, -3 and one that is dead, and noise of 0, 2, -2, 0: 1 and 2 go, of 4 the half.
+
+  (l + g) / 5 is .4, .2, -.2, -.6; its slopes sigmoid' are .240261, .247517, .247517, .228784: the share rises with the
+  bias by their mean over tau, .964079 / 4 / 5 = .048204.  The adapter adds 0.1 relu(x), and in training what dropout
+  leaves of it.  That who is dead has a gate of 1 lets earlier gates learn.
+  """
+  x = jnp.asarray([[[9.0], [2.0], [-1.0], [1.0], [-3.0], [7.0]]])
+  tokens = tk.start(x, 1).replace(mask=jnp.asarray([[True] * 5 + [False]]))
+
+  class Replay(DyT):
+    def noise(self, shape):
+      return jnp.asarray([[0.0, 0.0, 2.0, -2.0, 0.0, 0.0]])
+
+  dense = lambda bias: dict(kernel=jnp.ones((1, 1)), bias=jnp.full(1, bias))
+
+  def share(bias, x, train):
+    params = dict(dispatcher=dense(bias), adapter=dict(down=dense(0.0), up=dense(0.0)))
+    apply = functools.partial(Replay(hidden=1, dropout=1.0).apply, train=train, method="plan")
+    plan, report = apply({"params": params}, tokens.replace(x=x), 3, rngs={"reduce": jax.random.key(0)})
+    return report.get("kept_share", bias), (plan, report)
+
+  run = jax.jit(jax.jacobian(share, has_aux=True), static_argnums=2, compiler_options=quick())
+  slope, (made, report) = run(0.0, x, True)
+  np.testing.assert_allclose(slope, [0.048204], rtol=1e-4)
+  np.testing.assert_array_equal(report["kept_share"], [0.5])
+  np.testing.assert_array_equal(made.gate, [[1, 1, 1, 0, 0, 1]])
+  assert not report["residual"].any()
+  _, (made, report) = run(0.0, x.astype(jnp.bfloat16), False)
+  np.testing.assert_array_equal(made.gate, [[1, 1, 0, 1, 0, 1]])
+  np.testing.assert_allclose(report["residual"][0, :, 0].astype(jnp.float32), [0.9, 0.2, 0, 0.1, 0, 0], rtol=0.01)
+  assert report["residual"].dtype == jnp.bfloat16
+
+
+def test_noise_is_that_of_the_papers():
+  """A token of margin 0 goes in half of all draws.  Gumbel(0, 1) has mean .5772 and variance pi^2 / 6, the difference
+  of two 0 and pi^2 / 3; of 20000 samples the means are known to .01."""
+  draw = lambda module: module.apply({}, (20_000,), method="noise", rngs={"reduce": jax.random.key(0)})
+  one, two = draw(Gumbel()), draw(DyT())
+  np.testing.assert_allclose([one.mean(), one.var()], [0.5772, np.pi**2 / 6], atol=0.06)
+  np.testing.assert_allclose([two.mean(), two.var()], [0.0, np.pi**2 / 3], atol=0.12)
 
 
 def test_shares_that_images_and_layers_may_have_by_hand():
