@@ -125,6 +125,38 @@ def test_ranks_of_a_learned_rate_are_those_of_the_draw():
   np.testing.assert_allclose(slope.sum(1), 0, atol=1e-5)
 
 
+def test_a_temperature_by_hand():
+  """At tau = 2 logits (0, 0) with noise (0, log 9) and (log 9, 0) are (0, log 3) and (log 3, 0): p of 1/4 and 3/4 are a
+  token dropped and one kept, with slopes p (1 - p) / tau = 3 / 32.  A third was dropped before: the share is 1/3.
+
+  Where a rate says that one of the two stays, t = 0 divides margins of -log 9 and log 9: what the kept one gains the
+  other loses, so that half of its slope is left.
+  """
+  tokens = tk.start(jnp.zeros((1, 4, 2)), 1).replace(mask=jnp.asarray([[1.0, 1.0, 1.0, 0.0]]))
+  nine = np.log(9)
+
+  class Replay(Gumbel):
+    def logits(self, tokens):
+      return tokens.x, tokens.mask * ~tokens.protected
+
+    def noise(self, shape):
+      return jnp.asarray([[[0, 0], [0, nine], [nine, 0], [nine, 0]]], jnp.float32)
+
+  def run(x, method):
+    apply = functools.partial(Replay(temperature=2.0).apply, {}, train=True, method=method)
+    plan, report = apply(tokens.replace(x=x), 2)
+    return (report["kept_share"] if method == "plan" else plan.gate)[0], (plan.gate, report)
+
+  run = jax.jit(jax.jacobian(run, has_aux=True), static_argnums=1, compiler_options=quick())
+  slope, (gate, report) = run(tokens.x, "plan")
+  np.testing.assert_array_equal(gate[0, :3], [1, 0, 1])
+  np.testing.assert_allclose(report["kept_share"], [1 / 3], rtol=1e-6)
+  np.testing.assert_allclose(slope[0, 1:, 0], [1 / 32, 1 / 32, 0], rtol=1e-5)
+  slope, (gate, _) = run(tokens.x, "counted")
+  np.testing.assert_array_equal(gate[0, :3], [1, 0, 1])
+  np.testing.assert_allclose(slope[2, 0, 1:3, 0], [-3 / 64, 3 / 64], rtol=1e-4)
+
+
 @pytest.mark.parametrize("rate", ["learned", "learned_threshold"])
 @pytest.mark.parametrize("term", ["keep_ratio", "global_ratio"])
 def test_a_share_is_not_held_where_a_rate_learns_it(term, rate):
@@ -198,12 +230,12 @@ def test_a_schedule_moves_the_target(reducer, term):
 @pytest.mark.parametrize("reducer", ["dyt", "spa"])
 @pytest.mark.parametrize("rate", ["fixed", "scheduled"])
 def test_a_share_of_those_that_arrive(reducer, rate):
-  """Half of 16 are left, and half of these are to go in: 4 of 8, or all of 8 where the schedule begins."""
+  """Half of 16 are left, and half of these are to go in: 4 of 8, or all of 8 where the schedule begins with more."""
   cut = dict(reducer="topk", score="token_norm", layers=(0,), keep=0.5)
   select = dict(reducer=reducer, layers=(1,), keep=0.5) | dict(rate=rate)
   select |= dict(schedule=(0, 10)) if rate == "scheduled" else {}
   module, params = build(cut=cut, select=select)
-  keeps = None if rate == "fixed" else dict(select=jnp.asarray([9], jnp.int32))
+  keeps = None if rate == "fixed" else dict(select=jnp.asarray([12], jnp.int32))
   output = run(module, params, keeps)
   value = losses.reports(weights(keep_ratio=1.0), module, output)["keep_ratio"]
   share = np.asarray(reported(output, "select", "kept_share")[0])

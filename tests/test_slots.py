@@ -238,6 +238,18 @@ def test_what_was_slimmed_comes_back_on_any_grid(size, registers, keep, patches,
   block = variables["params"]["block_0" if own else "block_1"]["reduce"]
   head = block["slim"]["sit"]["sit_reverse"] if own else block["back"]["sit_reverse"]
   assert head["slots"].shape == (4 * patches, module.sites.spots[0].keep - 1 - registers)  # no slot is left out
+  out = jax.eval_shape(functools.partial(module.apply, train=False), variables, jnp.zeros((2, *size, 3)))
+  assert not any("recovered" in name for name in out.aux)
+
+
+def test_slots_that_are_dead_have_no_part_in_what_comes_back():
+  """Whatever they hold, and whatever the norm makes of zeros: two of three slots recover what two alone do."""
+  reducer, x = sit.SiTReverse(patches=3, prefix=0), np.random.default_rng(0).normal(size=(1, 3, 4))
+  params = {"params": jax.tree.map(lambda a: a + 0.5, begin(reducer, make(x), 3))}
+  two = make(x[:, :2]).replace(owner=jnp.asarray([[0, 1, -1]]))
+  _, masked = run(reducer, make(x, alive=[[True, True, False]]), 3, "mask", params)
+  _, alone = run(reducer, two, 2, "gather", params)
+  np.testing.assert_allclose(masked["recovered"], alone["recovered"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("patches, keep", [(0, 8), (40, 20)])
