@@ -160,6 +160,24 @@ def test_bfloat16_keeps_a_float32_softmax(impl):
   np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.04)
 
 
+@pytest.mark.parametrize("impl", ["matmul", "fused"])
+def test_logits_of_bfloat16_are_float32(impl):
+  """16.0625 and 16 are one number in bfloat16, whose steps are 1/8 there: e^.0625 / (1 + e^.0625) = .51562."""
+  low = lambda a: jnp.asarray(a, jnp.bfloat16)[None, None]
+  q, k, v = low([[2, 2, 0, 0]] * 2), low([[16, 0.0625, 0, 0], [16, 0, 0, 0]]), low([[1, 0, 0, 0], [0, 0, 0, 0]])
+  out = attention.attend(q, k, v, impl=impl)[0, 0, 0, 0].astype(jnp.float32)
+  np.testing.assert_allclose(out, 0.51562, atol=2e-3)
+  np.testing.assert_allclose(attention.cls_attention(q, k)[0], [0.51562, 0.48438], atol=1e-5)
+
+
+def test_a_vote_for_oneself_has_no_gate():
+  """Two tokens that look alike: A_01 = g_1 / (1 + g_1), A_00 = 1 / (1 + g_1).  What reaches 0 from itself is
+  g_0 / (1 + g_1), for only who lives votes: slopes 1/2 and -1/4 where both live."""
+  q = jnp.zeros((1, 1, 2, 4))
+  reaches = lambda gate: attention.vote(q, q, mask=gate)(jnp.asarray([[[1.0, 0.0]]]))[0, 0, 0]
+  np.testing.assert_allclose(jax.grad(reaches)(jnp.ones((1, 2))), [[0.5, -0.25]], rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["none", "mask", "gate"])
 def test_cls_attention_is_a_row_of_the_map(kind):
   q, k, _, size = inputs(5)

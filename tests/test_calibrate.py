@@ -97,6 +97,8 @@ def test_counts_are_those_that_a_reducer_can_give():
     assert out >= n - (n - 1) // 2
   (fused,) = schedules.at_budget(config, dict(tokens=dict(reducer="topk", fuse=True, layers="stages")), 0.6).values()
   assert min(fused["keep"]) >= 2
+  (cells,) = schedules.at_budget(config, dict(tokens=dict(reducer="stvit", layers=(2,), place="after")), 0.7).values()
+  assert cells["keep"][0] - 1 in (1, 4, 9)
 
 
 def test_routed_blocks_become_more_where_the_budget_asks_for_it():
@@ -122,6 +124,20 @@ def test_learned_rates_and_given_counts_stay():
     ):
       schedules.at_budget(CONFIG, learned, budget)
   assert schedules.at_budget(CONFIG, site(keep=5), 0.6) == site(keep=5)
+
+
+def test_counts_behind_a_site_that_was_set_by_hand():
+  """9 tokens arrive behind it, and none goes where everything is allowed."""
+  sites = dict(a=site(keep=9, layers=(0,))["tokens"], b=site(layers=(1,))["tokens"])
+  assert schedules.at_budget(CONFIG, sites, 1.0)["b"]["keep"] == (9,)
+  module = tokred.build(CONFIG | {"sites": site(r=2)}).module
+  assert schedules.with_counts(site(r=2), module.sites.spots, (9, 5)) == site(keep=(9, 5))
+
+
+def test_words_for_layers():
+  words = {word: ways(12)[0] for word, ways in schedules.LAYERS.items()}
+  assert words["stages"] == (3, 6, 9) and words["every"] == tuple(range(1, 12)) and words["alternate"][:2] == (1, 3)
+  assert schedules.LAYERS["stages"](2) == schedules.LAYERS["once"](2)[:1] == [(1,)]  # block 0 has seen nothing yet
 
 
 def test_errors():

@@ -84,6 +84,14 @@ def test_macs_by_hand():
   sizes = cost.Sizes(width=2, mlp_dim=7, num_heads=1, patches=4, patch_dim=3, num_tokens=5, num_classes=5)
   assert cost.macs(sizes, Profile((3,), (2,), 2)) == 24 + 10 + 84 + 56
   assert cost.macs(sizes, Profile((3,), (2,), 2, extra_macs=6)) == 24 + 10 + 84 + 56 + 6
+  # Attention pooling of the 2 tokens that are left: keys and values 2 x 2 x 4 and the map 2 x 2 x 2, query and output
+  # 2 x 4, an MLP 2 x 2 x 7: 16 + 8 + 8 + 28; a second head 2 x 5.
+  pooled = dataclasses.replace(sizes, map_pool=True, num_heads_out=2)
+  assert cost.macs(pooled, Profile((3,), (2,), 2)) == 24 + 20 + 84 + 56 + 60
+  # 14 FLOPs an element of a norm's input, twice, 4 an element of each head's map, 5.4 an element of the MLP.
+  more = 14 * (3 * 2 + 2 * 2) + 4 * 9 * 3 + 5.4 * 2 * 7
+  heads = dataclasses.replace(sizes, num_heads=3)
+  assert cost.flops(heads, Profile((3,), (2,), 2)) == pytest.approx(2 * (24 + 10 + 84 + 56) + more)
   # gated: a third matrix of 2 x 2 x 7 = 28; a head that reads CLS and the mean: 10 more
   gated = dataclasses.replace(sizes, gated=True, head_inputs=2)
   assert cost.macs(gated, Profile((3,), (2,), 2)) == 24 + 20 + 84 + 56 + 28

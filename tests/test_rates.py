@@ -144,3 +144,24 @@ def test_a_learned_threshold_counts_as_the_fixed_one_does():
   module = rates.LearnedThreshold(initial=-0.25)
   _, counts = module.apply(module.init(jax.random.key(0), tokens, score), tokens, score)
   assert counts.tolist() == rates.Threshold(jnp.float32(-0.25), 6).count(tokens, score).tolist()
+
+
+def test_soft_counts_by_hand():
+  """Scores log 3 and -log 3 share a count of 1 at t = 0, as 3/4 and 1/4; slopes s' = 3/16 are alike.
+
+  d w_i / d s_j = s'_i [i = j] - s'_i s'_j / sum s' = 3/32 where i = j, else -3/32: what one gains the other loses.  At
+  tau = 2 scores twice as large do the same; t follows each by s'_i / sum s' = 1/2, and falls with the count by
+  tau / sum s' = 16/3.
+  """
+  score = jnp.asarray([[np.log(3), -np.log(3), 9.0]], jnp.float32)
+  weight = lambda s: rates.soft_topk(s, 1.0)
+  np.testing.assert_allclose(weight(score[0, :2]), [0.75, 0.25], atol=1e-6)
+  np.testing.assert_allclose(jax.jacobian(weight)(score[0, :2]), np.array([[3, -3], [-3, 3]]) / 32, atol=1e-6)
+  free = jnp.asarray([[True, True, False]])
+  level = lambda s, count: rates.soft_threshold(s, free, count, 2.0)[0]
+  by_score, by_count = jax.grad(level, argnums=(0, 1))(2 * score, jnp.ones(1))
+  np.testing.assert_allclose(level(2 * score, jnp.ones(1)), 0, atol=1e-5)
+  np.testing.assert_allclose(by_score, [[0.5, 0.5, 0]], atol=1e-5)
+  np.testing.assert_allclose(by_count, [-16 / 3], rtol=1e-4)
+  slopes = jax.grad(level, argnums=(0, 1))(score, jnp.full(1, 2.0))  # all of them: met only in the limit
+  assert all(np.isfinite(slope).all() for slope in slopes)
