@@ -221,6 +221,33 @@ def test_random_depends_on_the_image_alone():
   np.testing.assert_array_equal(chance(turned), want[:, ::-1])  # nor the order of the tokens
 
 
+# The best by a score.
+
+
+def test_the_best_stand_by_score_or_as_they_stood():
+  """|x| = 9 (CLS), 1, 4, 3, 5: of three that stay two are 4 and 5.  The fused token of EViT is counted on top."""
+  tokens = tokens_of([9, 1, -4, 3, 5]).replace(protected=jnp.arange(5)[None] < 1)
+  assert survivors(TopK(score="token_norm"), tokens, 3)[0] == [0, 4, 2]
+  assert survivors(TopK(score="token_norm", raster=True), tokens, 3)[0] == [0, 2, 4]
+  assert [TopK(fuse=True).count(keep, 17, 1, 16) for keep in (0.5, 1.0)] == [10, 17]
+  assert TopK().count(0.5, 17, 1, 16) == 9 and TopK(fuse=True).fewest(17, 1) == 2
+
+
+def test_the_fused_token_teaches_attention():
+  """EViT: c_2 x_2 + c_3 x_3 = 0.2 x 5 + 0.1 x 7 = 1.7 of the two that go; its slope by c is what they hold."""
+  tokens = tokens_of([1, 3, 5, 7]).replace(protected=jnp.arange(4)[None] < 1)
+
+  def fused(attention):
+    out, _ = TopK(fuse=True).apply(
+      {}, tokens.replace(feats=dict(cls_attention=attention)), 3, train=True, mode="gather"
+    )
+    return out.x[0, 2, 0]
+
+  value, slope = jax.jit(jax.value_and_grad(fused), compiler_options=quick())(f32([[0.4, 0.3, 0.2, 0.1]]))
+  np.testing.assert_allclose(value, 1.7, rtol=1e-6)
+  np.testing.assert_allclose(slope, [[0, 0, 5, 7]], rtol=1e-6)
+
+
 # ATS.
 
 

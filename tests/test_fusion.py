@@ -108,6 +108,22 @@ def test_pitome_energy():
   np.testing.assert_allclose(got[0, :3], [0.202177, 0.202177, -0.095646], atol=1e-6)
 
 
+def test_pitome_is_as_steep_as_it_is_told():
+  """ELU_2(-0.5) = 2 (e^-0.5 - 1) = -0.786939: of the keys above E_2 = (0.5 - 2 x 0.786939) / 3 = -0.357959."""
+  tokens = make(np.ones((1, 3, 2)), key=np.eye(2)[[0, 0, 1]][None])
+  _, report = run(pitome.PiToMe(margin=0.5, alpha=2.0), tokens, 2)
+  np.testing.assert_allclose(report["energy"][0, 2], -0.357959, atol=1e-6)
+
+
+def test_pitome_splits_all_in_the_first_half():
+  """The middle block of five is an early one.  Keys as below, r = 1: token 3 is a source there, later no candidate."""
+  key = np.eye(4)[[3, 0, 0, 1, 2, 2]][None]
+  for layer in (2, 3):
+    module = pitome.PiToMe(margin=0.5, layer=layer, depth=5)
+    _, report = run(module, make(np.ones((1, 6, 2)), prefix=1, key=key), 5)
+    assert bool(jnp.isfinite(report["similarity"][0, 3])) == (layer == 2)
+
+
 def test_pitome_leaves_the_lonely_alone():
   """Keys of tokens 1, 2, 4, 5 are two pairs of twins, token 3 stands alone, 0 is protected: r = 2 of T = 5.
 

@@ -7,12 +7,14 @@ import pytest
 from flax import linen as nn
 
 from tokred.reducers import REGISTRY, Planner, Reducer, keep_top
+from tokred.reducers.ats import ATS
 from tokred.reducers.base import merge_into, num_kept, ranks
 from tokred.reducers.diffrate import DiffRateMerge
 from tokred.reducers.hiprune import HiPrune
 from tokred.reducers.mctf import MCTF
 from tokred.reducers.router import Router
 from tokred.reducers.spa import SPA
+from tokred.reducers.tofu import ToFu
 from tokred.reducers.tome import ToMe
 from tokred.reducers.topk import TopK
 from tokred.testing import LAWS, LawError, cases, check_reducer, laws
@@ -118,6 +120,21 @@ def test_gradient_reaches_both_rates_of_diffrate(diffrate):
   for site in ("site_0_topk", "site_1_diffrate_merge"):
     slope = np.asarray(grads["params"]["block_0"]["reduce"][site]["rate"]["logits"])
     assert np.isfinite(slope).all() and (slope != 0).any()
+
+
+@pytest.mark.parametrize(
+  "module", [ToFu(early=1.0), ToFu(early=-1.0), ATS(), DiffRateMerge()], ids=["prunes", "merges", "ats", "diffrate"]
+)
+def test_a_rate_learns_through_reducers_with_a_call_of_their_own(module):
+  """The token that stands j-th has the slope of the j-th chance to survive, whatever the reducer does besides."""
+  fields = dict(protected=(0, 1), alive=(9,) * cases.BATCH, earlier=False, dtype=jnp.float32)
+  tokens = cases.draw(0, module.needed(), **fields)
+
+  def mask(survival):
+    return module.apply({}, tokens, 6, train=True, mode="mask", survival=survival)[0].mask[0]
+
+  slope = jax.jit(jax.jacobian(mask), compiler_options=cases.COMPILER)(jnp.linspace(1.0, 0.2, cases.NUM))
+  np.testing.assert_array_equal(slope[:9], np.eye(cases.NUM)[:9])
 
 
 # Broken on purpose.

@@ -300,6 +300,9 @@ def test_scheduled_counts_fall_from_all_to_keep():
   assert schedules.scheduled(config, STACK, 99) == {"s": (9, 3)}
   config["s"]["keep"] = (9, 5)  # half way from the 16 that arrive: ceil(12.5) and ceil(10.5)
   assert [schedules.scheduled(config, STACK, step)["s"] for step in (0, 15, 20)] == [(16, 16), (13, 11), (9, 5)]
+  # 25 (7 / 25) is 7.000000000000001 in float64, and no token more.
+  late = dict(s=dict(TOPK, layers=(0,), keep=7, rate="scheduled", schedule=(10, 20)))
+  assert schedules.scheduled(late, dataclasses.replace(STACK, num_tokens=25), 20) == {"s": (7,)}
 
 
 @pytest.mark.parametrize("where", [dict(layers=3), dict(place="output"), dict(place="output", layers=())])
