@@ -189,3 +189,68 @@ def test_start_protects_the_prefix():
   np.testing.assert_array_equal(tokens.protected[0], [True, True, False, False, False])
   np.testing.assert_array_equal(tokens.owner[1], np.arange(5))
   assert tokens.mask.dtype == bool and tokens.size.dtype == jnp.float32
+
+
+def test_ranks_of_long_rows():
+  """A row of 256 is sorted, and a shorter one compared pair by pair; ties go to the lower index in both."""
+  key = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, tk.SORTED)), jnp.float32)
+  want = np.argsort(np.argsort(key, axis=1, kind="stable"), axis=1)
+  np.testing.assert_array_equal(tk.rank(key), want)
+  np.testing.assert_array_equal(tk.rank(key[:, :99]), np.argsort(np.argsort(key[:, :99], 1, kind="stable"), 1))
+  np.testing.assert_array_equal(tk.best(jnp.asarray([[1.0, 3.0, 3.0], [2.0, 1.0, 2.0]]))[1], [1, 0])
+
+
+def test_sums_over_groups_where_nothing_is_scattered(monkeypatch):
+  owner, values = jnp.asarray([[1, 1, -1, 3]]), jnp.asarray([[1.0, 2.0, jnp.nan, 4.0]])
+  for scatters in (True, False):
+    monkeypatch.setattr(tk, "scatters", lambda scatters=scatters: scatters)
+    np.testing.assert_array_equal(tk.group_sum(owner, values), [[0, 3, 0, 4]])
+
+
+def test_a_rate_learns_from_rows_that_lose_tokens():
+  """Row 0 keeps all and row 1 two of three: only the second tells the chances what they are worth, by its order."""
+  tokens = tk.start(jnp.zeros((2, 3, 1)))
+  owner = jnp.asarray([[0, 1, 2], [0, -1, 2]])
+  plan = Plan(owner, jnp.asarray([[0, 1, 2], [2, 0, 1]]), owner >= 0)
+  worth = jnp.asarray([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+  total = lambda survival: (tk.fold(tokens, plan, survival=survival).mask * worth).sum()
+  np.testing.assert_allclose(jax.grad(total)(jnp.zeros(3)), [4, 5, 6])
+  # A row of chances for each image: they stand by rank, not by token.
+  np.testing.assert_allclose(jax.grad(total)(jnp.zeros((2, 3))), [[0, 0, 0], [4, 5, 6]])
+
+
+def test_slots_that_nobody_fills_are_dead():
+  """Of four tokens two are alive and one of them stays: of three slots the first is alive."""
+  tokens = tk.start(jnp.ones((1, 4, 2))).replace(mask=jnp.asarray([[True, True, False, False]]))
+  plan = Plan(jnp.asarray([[0, -1, -1, -1]]), jnp.arange(4)[None], jnp.asarray([[True, False, True, True]]))
+  assert tk.compact(tokens, plan, 3).mask.tolist() == [[True, False, False]]
+
+
+def test_gradients_of_fold_and_compact_are_alike():
+  tokens, plan = random_case(10, dropped=1)
+  worth = jnp.asarray(np.random.default_rng(0).normal(size=(B, 5, D)), jnp.float32)
+  merge = {
+    "fold": lambda x: tk.fold(tokens.replace(x=x), plan),
+    "compact": lambda x: tk.compact(tokens.replace(x=x), plan, 5),
+  }
+  slopes = [jax.jit(jax.grad(lambda x, m=m: (m(x).x[:, :5] * worth).sum()))(tokens.x) for m in merge.values()]
+  np.testing.assert_allclose(*slopes, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gate_and_a_weight_of_an_update_are_multiplied():
+  """x + 2 g (x' - x) of an update of 3: a token that goes in by 6; what stays out has the slope that it would go by."""
+  outer = tk.start(jnp.zeros((1, 2, 1)))
+
+  def out(gate):
+    return tk.bypass(outer, outer.replace(x=outer.x + 3, mask=gate), jnp.full((1, 2), 2.0)).x[0, :, 0]
+
+  gate = jnp.asarray([[1.0, 0.0]])
+  np.testing.assert_allclose(out(gate), [6, 0])
+  np.testing.assert_allclose(jax.jacobian(out)(gate)[:, 0], 6 * np.eye(2))
+
+
+def test_tokens_at_first():
+  """Three that may go; two where a feature says so, which what joined later (0) does not change."""
+  tokens = tk.start(jnp.zeros((1, 4, 1)), 1)
+  assert tk.at_first(tokens).tolist() == [3]
+  assert tk.at_first(tokens.replace(feats={tk.SOURCE: jnp.asarray([[2, 2, 2, 0]])})).tolist() == [2]

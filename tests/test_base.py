@@ -1,0 +1,54 @@
+"""How reducers rank, and how a plan is carried out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokred import tokens as tk
+from tokred.reducers import base
+
+
+def test_ranks_of_what_is_no_number():
+  """The protected, then from infinity down to NaN, then the dead, protected or not."""
+  score = jnp.asarray([[jnp.nan, -5.0, jnp.inf, 0.0, -jnp.inf, 9.0, 9.0]])
+  index = jnp.arange(7)[None]
+  tokens = tk.start(jnp.zeros((1, 7, 1))).replace(mask=index < 5, protected=(index == 3) | (index == 6))
+  np.testing.assert_array_equal(tk.inverse(base.ranks(tokens, score))[0, :3], [3, 2, 1])
+  assert set(tk.inverse(base.ranks(tokens, score))[0, 3:5].tolist()) == {0, 4}
+  np.testing.assert_array_equal(tk.inverse(base.ranks(tokens, score))[0, 5:], [5, 6])
+
+
+def test_order_of_a_decision():
+  """The protected, those that are kept, the others, the dead; each in their order."""
+  index = jnp.arange(6)[None]
+  tokens = tk.start(jnp.zeros((1, 6, 1))).replace(mask=index < 5, protected=index == 2)
+  order = base.decided(tokens, jnp.asarray([[False, True, True, False, True, False]]))
+  np.testing.assert_array_equal(order, [[2, 1, 4, 0, 3, 5]])
+
+
+def test_an_image_of_which_nothing_goes_stays_whatever_others_do():
+  tokens = tk.start(jnp.zeros((2, 3, 1)))
+  score = jnp.asarray([[1.0, 2.0, 3.0]] * 2)
+  out = base.finish(tokens, base.keep_top(tokens, score, jnp.asarray([3, 2])), jnp.asarray([3, 2]), "mask")
+  np.testing.assert_array_equal(out.position, [[0, 1, 2], [2, 1, 0]])
+  np.testing.assert_array_equal(
+    base.finish(tokens, base.keep_top(tokens, score, 3), 3, "gather").position, [[0, 1, 2]] * 2
+  )
+
+
+def test_shares_are_rounded_up():
+  """0.27 x 16 = 4.32 patches are 5, and CLS; of the input's 20 patches 6, where shares count from there."""
+
+  class FromInput(base.Planner):
+    from_input = True
+
+  assert base.Planner(parent=None).count(0.27, 17, 1, 20) == 6
+  assert FromInput(parent=None).count(0.27, 17, 1, 20) == 7
+
+
+def test_the_largest_of_a_group_is_shared():
+  """Channel by channel: 5 of two members that are alike, to each half of its slope."""
+  x, owner = jnp.asarray([[[5.0, 1.0], [5.0, 2.0], [9.0, 9.0]]]), jnp.asarray([[0, 0, -1]])
+  np.testing.assert_array_equal(base._largest(x, owner)[0, 0], [5, 2])
+  slope = jax.grad(lambda x: base._largest(x, owner)[0, 0].sum())(x)
+  np.testing.assert_array_equal(slope[0], [[0.5, 0], [0.5, 1], [0, 0]])
