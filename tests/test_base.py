@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tokred import tokens as tk
 from tokred.reducers import base
@@ -16,6 +17,28 @@ def test_ranks_of_what_is_no_number():
   np.testing.assert_array_equal(tk.inverse(base.ranks(tokens, score))[0, :3], [3, 2, 1])
   assert set(tk.inverse(base.ranks(tokens, score))[0, 3:5].tolist()) == {0, 4}
   np.testing.assert_array_equal(tk.inverse(base.ranks(tokens, score))[0, 5:], [5, 6])
+
+
+def test_ranks_tell_numbers_apart_that_bfloat16_does_not():
+  tokens = tk.start(jnp.zeros((1, 3, 1)))
+  np.testing.assert_array_equal(base.ranks(tokens, jnp.asarray([[1.001, 1.003, 1.002]])), [[2, 0, 1]])
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_what_is_drawn_is_drawn_in_mask_mode(samples):
+  """In gather mode, whose counts are fixed, a planner that samples plans as at inference, also while training."""
+
+  class Told(base.Planner):
+    def plan(self, tokens, keep, *, train):
+      return base.keep_top(tokens, tokens.x[..., 0], keep), {"train": train}
+
+  Told.samples = samples
+  told = {
+    (train, mode): Told(parent=None)(tk.start(jnp.zeros((1, 3, 1))), 2, train=train, mode=mode)[1]["train"]
+    for train in (True, False)
+    for mode in ("mask", "gather")
+  }
+  assert [key for key, value in told.items() if value] == [(True, "mask")] + [(True, "gather")] * (not samples)
 
 
 def test_order_of_a_decision():

@@ -155,6 +155,7 @@ def test_a_temperature_by_hand():
   slope, (gate, _) = run(tokens.x, "counted")
   np.testing.assert_array_equal(gate[0, :3], [1, 0, 1])
   np.testing.assert_allclose(slope[2, 0, 1:3, 0], [-3 / 64, 3 / 64], rtol=1e-4)
+  assert not slope[0].any() and not slope[3].any()  # CLS and the dead have no say
 
 
 @pytest.mark.parametrize("rate", ["learned", "learned_threshold"])
