@@ -39,7 +39,7 @@ SLOW = (
   "test_demo", "test_drawn", "test_drawn_sites", "test_export", "test_export_formats", "test_language_cost",
   "test_finetune", "test_foreign", "test_fusion", "test_generate", "test_golden", "test_kills", "test_laws",
   "test_llm_sites", "test_loading", "test_loop", "test_mctf", "test_model", "test_notebook",
-  "test_onnx", "test_pairs", "test_pipeline", "test_readme",
+  "test_onnx", "test_own_reducer", "test_pairs", "test_pipeline", "test_readme",
   "test_recover", "test_router_gates", "test_routing", "test_selectors", "test_slots", "test_spa", "test_stvit",
   "test_signals", "test_sweep", "test_two_processes",
   "test_anyres", "test_arank", "test_bench_vlm", "test_conversations", "test_every_reducer", "test_export_vlm",

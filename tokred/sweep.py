@@ -28,7 +28,7 @@ from tokred.config import complete, default, nearest
 from tokred.model import Model, freeze
 from tokred.nn import vit
 from tokred.rates import LEARNED
-from tokred.reducers import REGISTRY
+from tokred.reducers import OWN, known
 from tokred.results import FIELDS, KEY, read, write
 from tokred.scores import SCORES
 from tokred.train.loop import train
@@ -91,7 +91,7 @@ def methods(config: ConfigDict) -> list[str]:
     if base not in table:
       raise ValueError(f"config.methods: {name!r} is not a method of config.table; {nearest(base, table)}")
     if missing := _missing(table[base]):
-      raise ValueError(f"config.methods: {name!r} needs {missing}, which is not registered")
+      raise ValueError(f"config.methods: {name!r} needs {missing}")
   there = sorted((name for name, method in table.items() if not _missing(method)), key=lambda name: name != "dense")
   return list(config.methods) or there
 
@@ -229,10 +229,10 @@ def _missing(method: Mapping[str, Any]) -> str:
   """What a method names and tokred does not have, or ""."""
   for site in method["sites"].values():
     for reducer in site["reducer"] if isinstance(site["reducer"], tuple) else (site["reducer"],):
-      if reducer not in REGISTRY:
-        return f"reducer {reducer!r}"
+      if not known(reducer):
+        return f"reducer {reducer!r}, which is not registered; {OWN}"
     if "score" in site and site["score"] not in SCORES:
-      return f"score {site['score']!r}"
+      return f"score {site['score']!r}, which is not registered"
   return ""
 
 

@@ -51,6 +51,7 @@ from tokred.export.functions import PLATFORMS, here
 from tokred.export.runtime import Exported, Scores, load_exported, load_onnx, load_stablehlo
 from tokred.model import Model, Reader, build, freeze
 from tokred.pretrained.arrays import read_safetensors
+from tokred.reducers import base
 
 __all__ = [
   "CARD",
@@ -125,6 +126,8 @@ def save(
       f"formats={tuple(formats)}: a vision-language model is no one function of images; valid: orbax, safetensors, or "
       "tokred.export.generation.save_generation"
     )
+  if images is not None and {"orbax", "safetensors"} & set(formats):
+    _check_importable(model.config.sites)
   if preprocess and not model.config.model.num_classes:
     raise ValueError("preprocess=True gives probabilities, but config.model.num_classes=0: the model has no head")
   stored = functions.in_dtype(model, dtype) if dtype else model
@@ -198,6 +201,17 @@ def check(
   check_replaceable(Path(directory).absolute())
   if "onnx" in formats:
     functions.check_onnx()
+
+
+def _check_importable(sites: ConfigDict) -> None:
+  """A fresh process imports modules, but neither scripts nor notebooks."""
+  for name, site in sites.items():
+    for reducer in (site.reducer,) if isinstance(site.reducer, str) else site.reducer:
+      if base.get(reducer).__module__ == "__main__":
+        raise ValueError(
+          f"sites.{name}.reducer={reducer!r} is written in a script or notebook, which the fresh process that compares "
+          "images cannot import; valid: a module of its own, formats without parameters, or no images"
+        )
 
 
 def in_memory(model: Model) -> Model:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tokred import files, run_dir
+from tokred.reducers import base
 
 CARD, README = "tokred.json", "README.md"
 LANGUAGE_CARD = "generation.json"  # of a vision-language model, whose functions lie in a folder for each count
@@ -107,7 +108,7 @@ def in_fresh_process(module: str, directory: str | os.PathLike[str], **arrays: A
     recorded = Path(folder) / "recorded.npz"
     np.savez(recorded, **arrays)
     # Unfiltered, an error ends with what happened, and not with how JAX has shortened its traceback.
-    own = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}
+    own = os.environ | {"JAX_TRACEBACK_FILTERING": "off"} | base.fresh()
     command = [sys.executable, "-m", module, str(directory), str(recorded)]
     done = subprocess.run(command, capture_output=True, text=True, env=own)
   if done.returncode:

@@ -17,7 +17,7 @@ from tokred.nn import attention
 from tokred.nn.reduce import Reduce
 from tokred.nn.rope import rope2d, turn
 from tokred.nn.shared_rows import Shared, shared
-from tokred.reducers.base import PeakPlan, peaks
+from tokred.reducers.peaks import PeakPlan, peaks
 from tokred.tokens import Array, Tokens
 
 

@@ -1,16 +1,19 @@
 """The contract of a reducer, the registry, and the plan that most reducers write."""
 
+import importlib
 import math
+import os
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 
 from tokred.config import nearest
 from tokred.rates import LearnedThreshold, Rows, Threshold, soft_threshold
+from tokred.reducers.peaks import peaks
 from tokred.tokens import (
   APPENDED,
   Array,
@@ -22,12 +25,12 @@ from tokred.tokens import (
   inverse,
   of_prompt,
   rank,
-  scatter_add,
   straight_through,
-  take,
 )
 
 REGISTRY: dict[str, type["Reducer"]] = {}
+IMPORT = "TOKRED_IMPORT"  # environment: modules that register reducers, with commas between
+OWN = f"one of your own is known once its module is imported, in commands by {IMPORT}=MODULE"
 
 
 def register(name: str) -> Callable[[type["Reducer"]], type["Reducer"]]:
@@ -50,11 +53,34 @@ def register(name: str) -> Callable[[type["Reducer"]], type["Reducer"]]:
   return add
 
 
+def known(name: str) -> bool:
+  """Whether a reducer has this name; before it says no, it imports the modules that TOKRED_IMPORT names.
+
+  Raises:
+    ValueError: one of these cannot be imported.
+  """
+  for module in filter(None, os.environ.get(IMPORT, "").split(",")):
+    if name in REGISTRY:
+      break
+    try:
+      importlib.import_module(module)
+    except ImportError as error:
+      raise ValueError(f"{IMPORT}={module!r}: {error}; valid: modules on PYTHONPATH, with commas between") from error
+  return name in REGISTRY
+
+
 def get(name: str, field: str = "reducer") -> type["Reducer"]:
   """The class registered under `name`; `field` is the config field that an error names."""
-  if name not in REGISTRY:
-    raise ValueError(f"{field}={name!r} is not a reducer; {nearest(name, REGISTRY)}")
+  if not known(name):
+    raise ValueError(f"{field}={name!r} is not a reducer; {nearest(name, REGISTRY)}; {OWN}")
   return REGISTRY[name]
+
+
+def fresh() -> dict[str, str]:
+  """Environment of a new process that shall know the reducers of this one, wherever their modules lie."""
+  modules = sorted({cls.__module__ for cls in REGISTRY.values()} - {"__main__"})
+  own = [module for module in modules if not module.startswith("tokred.reducers.")]
+  return {IMPORT: ",".join(own), "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)} if own else {}
 
 
 class Reducer(nn.Module):
@@ -345,46 +371,6 @@ def soft_top(tokens: Tokens, score: Array, keep: Any, temperature: float, *, tra
 def decided(tokens: Tokens, kept: Array) -> Array:
   """Order of a decision (B, N) bool: the protected, those it keeps, the others, the dead, each in their order."""
   return inverse(rank(jnp.where(tokens.protected, -1, jnp.where(kept, 0, jnp.where(tokens.alive, 1, 2)))))
-
-
-@struct.dataclass
-class PeakPlan(Plan):
-  """A plan whose owners hold no mean, but the largest value of their group, channel by channel; see `peaks`."""
-
-
-def peaks(tokens: Tokens, plan: Plan) -> Tokens:
-  """Tokens whose owners hold what is no mean of their group: the values of a PeakPlan, and its largest scores.
-
-  A merged token is as important as its most important member to whoever acts next in the block: what the block gave of
-  one number a token, such as cls_attention.  (Bonnaerens & Dambre, 2023, LTMP, arXiv:2307.10780)
-  """
-  if plan.weight is None:
-    return tokens
-  owns = plan.owner == jnp.arange(plan.owner.shape[1])
-  scores = {
-    name: jnp.where(owns, _highest(value, plan.owner), value)
-    for name, value in tokens.feats.items()
-    if value.ndim == 2 and jnp.issubdtype(value.dtype, jnp.floating) and "/" not in name
-  }
-  x = jnp.where(owns[..., None], _largest(tokens.x, plan.owner), tokens.x) if isinstance(plan, PeakPlan) else tokens.x
-  return tokens.replace(x=x, feats=tokens.feats | scores)
-
-
-def _highest(score: Array, owner: Array) -> Array:
-  """Highest score of each group, (B, N), at its owner; -inf elsewhere."""
-  member = owner[:, None] == jnp.arange(owner.shape[1])[:, None]  # (B, owner, member), fused away
-  return jnp.where(member, score[:, None], -jnp.inf).max(-1)
-
-
-def _largest(x: Array, owner: Array) -> Array:
-  """Largest value of each group, channel by channel, at its owner; members that are as large share the gradient."""
-  index, member = jnp.maximum(owner, 0), owner[..., None] >= 0
-  values = jax.lax.stop_gradient(x)
-  low = jnp.full_like(values, jnp.finfo(x.dtype).min)
-  one = lambda row, i, update: row.at[i].max(update, mode="promise_in_bounds")
-  top = member & (values == take(jax.vmap(one)(low, index, jnp.where(member, values, low)), index))
-  count = scatter_add(jnp.zeros_like(x), index, top.astype(x.dtype))
-  return scatter_add(jnp.zeros_like(x), index, jnp.where(top, x, 0)) / jnp.maximum(count, 1)
 
 
 def merge_into(tokens: Tokens, owner: Array, order: Array, share: Array | None = None) -> Plan:

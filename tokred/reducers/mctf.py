@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from tokred.config import nearest
-from tokred.reducers.base import PeakPlan, Planner, merge_into, num_kept, register
+from tokred.reducers.base import Planner, merge_into, num_kept, register
+from tokred.reducers.peaks import PeakPlan
 from tokred.reducers.tome import interleave, unit
 from tokred.tokens import Array, Plan, Tokens, best, inverse, rank, take
 
