@@ -1,4 +1,4 @@
-"""Imports run downward: the rooms of DESIGN.md."""
+"""Imports run downward: each room of the package knows those below it, and neither those above nor its neighbours."""
 
 import ast
 from pathlib import Path

@@ -3,8 +3,11 @@
     from tokred.testing import check_reducer
     check_reducer(KeyNorm())
 
-Each law of DESIGN.md is one or two functions of (module, case), listed in `LAWS`.  A case is a batch of small tokens in
-some state, or a micro ViT in which the reducer stands at its default place.
+A law is what every reducer promises, such as: with masks, as it learns, it does what it does with gathers, as it ships;
+neither dead tokens nor other images change anything.  README has them in words ("The laws"), `LAWS` has their functions
+of (module, case), in the order in which they are asked: the first that is broken is named, since others behind it break
+with it.  A case is a batch of small tokens in some state, or a micro ViT in which the reducer stands at its default
+place.
 """
 
 from collections.abc import Sequence
@@ -14,7 +17,8 @@ from tokred import config as config_lib
 from tokred.nn import attention
 from tokred.reducers import base
 from tokred.testing.cases import make_cases, registered
-from tokred.testing.laws import LAWS, Broken, Law
+from tokred.testing.compare import Broken
+from tokred.testing.laws import LAWS, Law
 
 __all__ = ["LAWS", "LawError", "check_reducer"]
 
