@@ -149,6 +149,11 @@ def _rate(field: str, site: Mapping[str, Any], place: str, names: tuple[str, ...
     raise ValueError(f"{field}.rate={rate!r} needs reducers that score each token; {names} do not")
   if rate == "learned" and place not in ("before", "ahead", "attn", "after"):
     raise ValueError(f"{field}.rate='learned' is not available at place={place!r}; valid: before, ahead, attn, after")
+  if rate == "learned" and (own := [name for name, cls in zip(names, classes, strict=True) if cls.draws_counts()]):
+    raise ValueError(
+      f"{field}.rate='learned', but {own[0]!r} decides in training how many stay, and its class has no "
+      "`counted`, which would keep as many as the rate says; valid: fixed, scheduled"
+    )
   return rate
 
 

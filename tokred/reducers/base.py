@@ -105,7 +105,7 @@ class Reducer(nn.Module):
   idles: ClassVar[bool] = True  # does nothing at all where every token stays
   ragged: ClassVar[bool] = False  # counts differ between images: `keep` is a capacity
   # While training it draws who stays, and reports as "kept_share", (B,), the share of the input's unprotected tokens
-  # if keep rates count from these (`from_input`), else of those that arrive.
+  # if keep rates count from these (`from_input`), else of those that arrive.  A learned rate then needs `counted`.
   decides: ClassVar[bool] = False
   still: ClassVar[bool] = False  # `keep` is a shape of its own, which nothing may move while training
   packs: ClassVar[bool] = False  # in gather mode images share rows, and nothing else may act in its scope
@@ -207,6 +207,11 @@ class Planner(Reducer):
     """`plan` where a rate learns how many: `keep` stay, and they stand by rank, also where `plan` draws how many."""
     return self.plan(tokens, keep, train=train)
 
+  @classmethod
+  def draws_counts(cls) -> bool:
+    """Whether it decides in training how many stay, whatever it is told: a learned rate would learn nothing."""
+    return cls.decides and cls.counted is Planner.counted
+
   def __call__(
     self, tokens: Tokens, keep: Any, *, train: bool, mode: str, survival: Array | None = None
   ) -> tuple[Tokens, dict[str, Array]]:
@@ -222,7 +227,7 @@ class Planner(Reducer):
       _, taught = self.plan(tokens, keep.capacity, train=True)
     if isinstance(keep, LearnedThreshold):
       _, report = self.plan(tokens, keep.capacity, train=False)
-      gate, count = keep(tokens, report["score"])
+      gate, count = keep(tokens, self._score(report))
       count = straight_through(jnp.minimum(count, keep.capacity), count)  # where too many pass, it may still rise
       plan, report = self.plan(tokens, count.astype(jnp.int32), train=False)
       if train:  # 1 for the dead, so that a rate that took a token before goes on to learn from it
@@ -232,13 +237,21 @@ class Planner(Reducer):
       draws = train and self.decides  # a decision of its own, which is to learn
       plan, report = self.plan(tokens, keep.capacity, train=draws)
       if not draws:
-        plan, report = self.plan(tokens, keep.count(tokens, report["score"]), train=False)
+        plan, report = self.plan(tokens, keep.count(tokens, self._score(report)), train=False)
       return finish_rows(tokens, plan, keep.capacity, mode), taught | report
     if isinstance(keep, Rows):
       plan, report = decide(tokens, keep.count, train=train)
       return finish_rows(tokens, plan, keep.capacity, mode, survival), report
     plan, report = decide(tokens, keep, train=train)
     return finish(tokens, plan, keep, mode, survival), report
+
+  def _score(self, report: dict[str, Array]) -> Array:
+    if "score" not in report:
+      raise ValueError(
+        f"{type(self).__name__}.plan reports no 'score', by which thresholds decide; valid: a report "
+        "{'score': (B, N)}, or scored = False in the class and another rate"
+      )
+    return report["score"]
 
 
 def finish(tokens: Tokens, plan: Plan, keep: Any, mode: str, survival: Array | None = None) -> Tokens:

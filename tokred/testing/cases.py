@@ -162,26 +162,26 @@ class Programs:
 
     return jax.jit(run, compiler_options=COMPILER)
 
-  def run(self, tokens: Tokens, keep: Any, mode: str = "mask", *, train: bool = False) -> Result:
+  def run(self, tokens: Tokens, keep: Any, mode: str = "mask", *, train: bool = False, seed: int = 0) -> Result:
     """Carries the reducer out; `keep` is traced in mask mode."""
     program = self.program(mode, train, keep if mode == "gather" else None)
-    return Result(*program(self.variables, tokens, jnp.asarray(keep, jnp.int32), jnp.int32(0)))
+    return Result(*program(self.variables, tokens, jnp.asarray(keep, jnp.int32), jnp.int32(seed)))
 
   @functools.cache  # noqa: B019
-  def planner(self, train: bool) -> Callable[..., Plan]:
+  def planner(self, train: bool, method: str) -> Callable[..., Plan]:
     """The module's plan alone, compiled."""
 
     def run(variables: Any, tokens: Tokens, keep: Any) -> Plan:
       rngs = {"reduce": jax.random.key(0)}
-      return self.module.apply(variables, tokens, keep, train=train, rngs=rngs, method="plan")[0]
+      return self.module.apply(variables, tokens, keep, train=train, rngs=rngs, method=method)[0]
 
     return jax.jit(run, compiler_options=COMPILER)
 
-  def plan(self, tokens: Tokens, keep: int, *, train: bool = False) -> Plan | None:
-    """The plan that `run` carries out in mask mode; None for a reducer that writes none."""
+  def plan(self, tokens: Tokens, keep: int, *, train: bool = False, method: str = "plan") -> Plan | None:
+    """The plan that `run` carries out in mask mode, or `counted`; None for a reducer that writes none."""
     if not isinstance(self.module, base.Planner):
       return None
-    return self.planner(train)(self.variables, tokens, jnp.int32(keep))
+    return self.planner(train, method)(self.variables, tokens, jnp.int32(keep))
 
   @functools.cache  # noqa: B019
   def gradient(self, mode: str, train: bool, keep: int, survival: bool) -> Callable[..., Any]:
@@ -220,6 +220,17 @@ def mix_alone(x: np.ndarray, size: np.ndarray) -> np.ndarray:
   weight = np.exp(logits - logits.max(-1, keepdims=True)) * size
   out = (weight / weight.sum(-1, keepdims=True)) @ heads
   return x + np.tanh(x + out.swapaxes(0, 1).reshape(x.shape))
+
+
+def simulate(owner: np.ndarray, order: np.ndarray, sources: np.ndarray) -> np.ndarray:
+  """The source map (B, S) after a plan, by following every source token on its own."""
+  out = np.full_like(sources, -1)
+  for row in range(len(sources)):
+    places = list(order[row])
+    for s, token in enumerate(sources[row]):
+      if token >= 0 and owner[row, token] >= 0:
+        out[row, s] = places.index(owner[row, token])
+  return out
 
 
 def shake(variables: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The laws of the contract (DESIGN.md), each one or two functions of (module, case) that raise `Broken`."""
+"""The laws of the contract, each some functions of (module, case) that raise `Broken`; `LAWS`, below, lists them."""
 
 import dataclasses
 import functools
@@ -16,14 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokred.nn import vit
 from tokred.reducers import base
-from tokred.testing.cases import BATCH, COMPILER, NUM, Case, ModelCase, Result, cut, draw, init, mix_alone
-from tokred.tokens import Array, Plan, Tokens, restore
+from tokred.testing.cases import BATCH, COMPILER, NUM, Case, ModelCase, Result, cut, draw, init, mix_alone, simulate
+from tokred.testing.compare import Broken, require, same, state
+from tokred.tokens import Array, Tokens, restore
 
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
-
-
-class Broken(Exception):
-  """What is wrong and where; `check_reducer` adds the law, the reducer and the case."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,58 +29,6 @@ class Law:
   sentence: str
   function: Callable[[base.Reducer, Any], None]
   cases: tuple[str, ...]
-
-
-# What a law asserts.
-
-
-def same(what: str, got: Any, want: Any, tolerance: float = 0.0, where: Any = None) -> None:
-  """Raises Broken unless two trees agree to `tolerance` x the largest value (or 1).
-
-  Args:
-    what: begins the message.
-    got: a tree of arrays.
-    want: a tree of the same shape.
-    tolerance: 0: bit for bit, except that NaN equals NaN.
-    where: (B, N) bool; other tokens may differ.
-  """
-  for (path, a), (_, b) in zip(*(jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (got, want)), strict=True):
-    name = what + jax.tree_util.keystr(path)
-    if a.shape != b.shape or a.dtype != b.dtype:
-      raise Broken(f"{name} is {a.dtype}{list(a.shape)}, expected {b.dtype}{list(b.shape)}")
-    a, b = (np.asarray(leaf.astype(jnp.float32) if leaf.dtype != bool else leaf, np.float64) for leaf in (a, b))
-    with np.errstate(invalid="ignore"):
-      gap = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
-    gap = np.where(np.isnan(gap), np.inf, gap)
-    if where is not None:
-      gap = np.where(np.asarray(where).reshape(where.shape + (1,) * (gap.ndim - 2)), gap, 0.0)
-    finite = np.abs(b[np.isfinite(b)])
-    limit = tolerance * max(1.0, finite.max(initial=0.0))
-    if gap.size and gap.max() > limit:
-      raise Broken(f"{name}: max |difference| {gap.max():.3g}, above {limit:.3g}, {spot(gap)}")
-
-
-def spot(gap: np.ndarray) -> str:
-  """The place of the largest entry in words."""
-  index = [int(i) for i in np.unravel_index(np.argmax(gap), gap.shape)]
-  words = [f"{word} {i}" for word, i in zip(("row", "token", "channel"), index, strict=False)]
-  return "at " + ", ".join(words) if words else "(a scalar)"
-
-
-def require(condition: Any, message: str) -> None:
-  """Raises Broken with the message, and the first place where a condition over (B, N) does not hold."""
-  condition = np.asarray(condition)
-  if not condition.all():
-    raise Broken(message + (" " + spot((~condition).astype(float)) if condition.ndim else ""))
-
-
-def state(tokens: Tokens) -> dict[str, Any]:
-  """The fields of tokens that are compared."""
-  t = tokens
-  return dict(x=t.x, size=t.size, alive=t.alive, position=t.position, protected=t.protected, feats=t.feats)
-
-
-# The laws.
 
 
 def law_1_gather(module: base.Reducer, case: Case) -> None:
@@ -116,6 +61,21 @@ def law_1_mask(module: base.Reducer, case: Case) -> None:
   _prefix(out, "mask, train")
 
 
+def law_1_learned(module: base.Reducer, case: Case) -> None:
+  """Where the number is learned: how many a reducer draws of its own, that learns nothing of it and does not ship."""
+  if module.ragged or case.programs.around or not _counts(module):
+    return
+  keep = case.keep()
+  plan = case.programs.plan(case.tokens, keep, train=True, method="counted")
+  kept = np.asarray((plan.owner == jnp.arange(NUM)) & case.tokens.alive)
+  require(kept.sum(1) == keep, f"train, a learned rate, keep={keep}: {kept.sum(1).tolist()} tokens stay,")
+
+
+def _counts(module: base.Reducer) -> bool:
+  """Whether a learned rate may say how many."""
+  return isinstance(module, base.Planner) and not module.draws_counts()
+
+
 def _prefix(tokens: Tokens, when: str) -> None:
   alive = np.asarray(tokens.alive)
   require(alive[:, :-1] >= alive[:, 1:], f"{when}: a survivor stands behind a dead token,")
@@ -138,6 +98,14 @@ def law_2_tokens(module: base.Reducer, case: Case) -> None:
     short = lambda grads: jax.tree.map(lambda leaf: leaf[:, :n], (grads["x"], grads["feats"]))
     same("gradient of tokens and features, masked against gathered", short(masked), short(gathered), 1e-4)
     same("gradient of ", masked["variables"], gathered["variables"], 1e-4)
+
+
+def law_2_drawn(module: base.Reducer, case: Case) -> None:
+  """What is drawn at inference is another model in either mode, and at every call."""
+  keep = case.keep()
+  once, again = (case.programs.run(case.tokens, keep, seed=seed).tokens for seed in (0, 1))
+  same("inference, drawn twice: owner", again.owner, once.owner)
+  same("inference, drawn twice: ", state(again), state(once), where=once.alive)
 
 
 def law_2_sampled(module: base.Reducer, case: Case) -> None:
@@ -255,49 +223,43 @@ def law_6_identity(module: base.Reducer, case: Case) -> None:
   same("gather, keep=all: ", state(out) | dict(owner=out.owner), state(t) | dict(owner=t.owner))
 
 
+def law_7_plan(module: base.Reducer, case: Case) -> None:
+  """A plan by itself: what else goes wrong may follow from it."""
+  for train in (False, True):
+    plan, when = case.programs.plan(case.tokens, case.keep(), train=train), "train: " if train else ""
+    if plan is None:
+      return
+    owner, order, index = np.asarray(plan.owner), np.asarray(plan.order), np.arange(NUM)
+    require((np.sort(order, 1) == index).all(1), f"{when}plan.order is no permutation,")
+    chief = np.take_along_axis(owner, np.maximum(owner, 0), 1)
+    require((owner == -1) | (chief == owner), f"{when}plan.owner[i] is not kept,")
+    gate = np.asarray(plan.gate) == 1
+    require(~np.asarray(case.tokens.alive) | ((owner == index) == gate),
+            f"{when}plan.gate is not 1 exactly where plan.owner[i] == i,")  # fmt: skip
+
+
 def law_7_owner(module: base.Reducer, case: Case) -> None:
   """Two reductions in a row, followed group by group in plain Python."""
   tokens, n = case.tokens, case.alive
   for step, train in enumerate((False, True)):
     keep = max(module.fewest(n, case.num_protected), n - 3 * (step + 1))
-    result = case.programs.run(tokens, keep, train=train)
-    out, before = result.tokens, np.asarray(tokens.owner)
-    when = f"reduction {step + 1}: "
-    mapped = np.asarray(out.owner)
-    alive = np.asarray(out.alive)
+    out = case.programs.run(tokens, keep, train=train).tokens
+    when, mapped, alive = f"reduction {step + 1}: ", np.asarray(out.owner), np.asarray(out.alive)
     plan = case.programs.plan(tokens, keep, train=train)
     if plan is not None:
-      gone = np.asarray(tokens.alive.sum(1)) > alive.sum(1)
-      simulated = simulate(plan, before, gone, when)
+      gone = np.asarray(tokens.alive.sum(1)) > alive.sum(1)  # else the tokens stay as they are
+      order = np.where(gone[:, None], np.asarray(plan.order), np.arange(NUM))
+      simulated = simulate(np.asarray(plan.owner), order, np.asarray(tokens.owner))
       require(mapped == simulated, when + "owner is not that of a simulation of the plan,")
-      shares = np.asarray(plan.gate > 0) & np.asarray(tokens.alive)
-      index = np.arange(NUM)
-      require(~np.asarray(tokens.alive) | ((np.asarray(plan.owner) == index) == shares),
-              when + "plan.gate is not 1 exactly where plan.owner[i] == i,")  # fmt: skip
+      for name in ("position", "protected"):
+        brought = np.take_along_axis(np.asarray(getattr(tokens, name)), order, 1)
+        require(~alive | (np.asarray(getattr(out, name)) == brought), f"{when}{name} is not the survivor's own,")
     held = np.take_along_axis(alive, np.maximum(mapped, 0), 1)
     require((mapped == -1) | ((mapped >= 0) & (mapped < NUM) & held), when + "owner points at no living token,")
-    back = np.asarray(restore(out.x, out.owner))
-    x = np.asarray(out.x)
+    back, x = np.asarray(restore(out.x, out.owner)), np.asarray(out.x)
     want = np.where(mapped[..., None] >= 0, x[np.arange(BATCH)[:, None], np.maximum(mapped, 0)], 0)
     require((back == want).all(-1), when + "restore does not give a source token its owner's value,")
     tokens = out.replace(mask=out.alive, feats=tokens.feats)
-
-
-def simulate(plan: Plan, sources: np.ndarray, gone: np.ndarray, when: str) -> np.ndarray:
-  """The source map (B, S) after a plan, by following every source token on its own; `gone` (B,): tokens leave."""
-  owner, order = np.asarray(plan.owner), np.asarray(plan.order)
-  out = np.full_like(sources, -1)
-  for row in range(len(sources)):
-    places = list(order[row])
-    require(sorted(places) == list(range(NUM)), f"{when}plan.order is no permutation in row {row}")
-    if not gone[row]:  # where nothing goes the tokens stay as they are
-      places = list(range(NUM))
-    for s, token in enumerate(sources[row]):
-      if token >= 0 and owner[row, token] >= 0:
-        chief = owner[row, token]
-        require(owner[row, chief] == chief, f"{when}plan.owner[{token}] = {chief}, which is not kept, in row {row}")
-        out[row, s] = places.index(chief)
-  return out
 
 
 def law_8_finite(module: base.Reducer, case: Case) -> None:
@@ -321,7 +283,7 @@ def law_8_finite(module: base.Reducer, case: Case) -> None:
 
 def law_8_model(module: base.Reducer, case: ModelCase) -> None:
   place = case.fields.get("place", "attn")
-  learned = place in ("before", "attn") and (module is None or isinstance(module, base.Planner))
+  learned = place in ("before", "attn") and (module is None or _counts(module))
   _, grads = case.gradient("mask", True, learned)
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     name, leaf = jax.tree_util.keystr(path), np.asarray(leaf)
@@ -342,6 +304,12 @@ def law_9_rows(module: base.Reducer, case: Case) -> None:
       same(f"{mode}{', train' if train else ''}, other rows NaN: {what}", first(dirty), first(clean))
 
 
+def law_10_dtypes(module: base.Reducer, case: Case) -> None:
+  out = case.programs.run(case.tokens, case.keep()).tokens
+  same("dtype of x", out.x, out.x.astype(jnp.bfloat16))
+  same("dtype of size", out.size, out.size.astype(jnp.float32))
+
+
 def law_10_ranking(module: base.Reducer, case: Case) -> None:
   """The same values in bfloat16 and in float32 lead to the same decisions; tied ones to the lower index."""
   up = lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -349,13 +317,14 @@ def law_10_ranking(module: base.Reducer, case: Case) -> None:
     t = draw(seed, module.needed(), protected=(0, 1), alive=(NUM,) * BATCH, earlier=False, dtype=jnp.bfloat16)
     t = t.replace(x=1 + t.x / 16, feats={k: 1 + v / 16 if v.ndim > 2 else v for k, v in t.feats.items()})  # near-ties
     low, high = case.programs.run(t, case.keep()), case.programs.run(jax.tree.map(up, t), case.keep())
-    same("bfloat16: dtype of x", low.tokens.x, low.tokens.x.astype(jnp.bfloat16))
-    same("bfloat16: dtype of size", low.tokens.size, low.tokens.size.astype(jnp.float32))
     same("the same values ranked in bfloat16 and in float32: owner", low.tokens.owner, high.tokens.owner)
   tied = jax.tree.map(lambda a: a.at[:].set(a[:, :1]) if a.dtype != jnp.int32 else a, (t.x, t.feats))
   t = jax.tree.map(up, t.replace(x=tied[0], feats=tied[1]))
   result, plan = case.programs.run(t, case.keep()), case.programs.plan(t, case.keep())
   score = result.report.get("score")
+  if module.scored and plan is not None:
+    require(score is not None, "no 'score' is reported, by which thresholds decide; report it, or say scored = False")
+    require(score.shape == t.mask.shape, f"the 'score' that is reported has shape {score.shape}, not (B, N)")
   if score is None or score.shape != t.mask.shape or plan is None:
     return
   rank = np.where(np.asarray(t.protected), np.inf, np.asarray(score, np.float32))
@@ -403,22 +372,29 @@ def law_12_export(module: base.Reducer, case: ModelCase) -> None:
 
 
 TOKENS = ("free", "prefix", "later", "bfloat16")
-LAWS = [
+EQUAL = "the masked forward pass equals the gathered one"
+OWNER = "`owner` equals a brute-force simulation, `restore` follows it, and survivors bring what is theirs"
+LOW = "bfloat16 works, ranking is done in float32 by the score that is reported, ties go to the lower index"
+LAWS = [  # in this order: who breaks one breaks some behind it, too, and the first is named
   Law(1, "gather: exactly `keep` tokens come out", law_1_gather, TOKENS),
   Law(1, "mask: the shape stays, one compilation for all values of `keep`", law_1_mask, ("prefix", "later")),
-  Law(2, "the masked forward pass equals the gathered one", law_2_tokens, TOKENS),
-  Law(2, "the masked forward pass equals the gathered one", law_2_sampled, ("later",)),
-  Law(2, "the masked forward pass equals the gathered one", law_2_model, ("model",)),
+  Law(1, "mask: exactly `keep` tokens stay where `keep` is learned", law_1_learned, ("later",)),
+  Law(2, EQUAL, law_2_drawn, ("later",)),
+  Law(9, "batch rows are independent", law_9_rows, ("ragged",)),
   Law(3, "dead tokens are inert", law_3_tokens, ("later", "ragged", "bfloat16")),
-  Law(3, "dead tokens are inert", law_3_block, ("model",)),
+  Law(7, OWNER, law_7_plan, ("prefix", "ragged")),
+  Law(10, LOW, law_10_dtypes, ("bfloat16",)),
+  Law(2, EQUAL, law_2_tokens, TOKENS),
+  Law(2, EQUAL, law_2_sampled, ("later",)),
+  Law(6, "keep == all is the identity", law_6_identity, ("prefix", "later", "bfloat16")),
+  Law(7, OWNER, law_7_owner, ("prefix", "ragged")),
   Law(4, "merging conserves sum(size) and the size-weighted mean", law_4_conserves, ("prefix", "later", "ragged")),
   Law(5, "protected tokens never leave", law_5_protected, ("prefix", "later", "bfloat16")),
-  Law(6, "keep == all is the identity", law_6_identity, ("prefix", "later", "bfloat16")),
-  Law(7, "`owner` equals a brute-force simulation, and `restore` follows it", law_7_owner, ("prefix", "ragged")),
+  Law(10, LOW, law_10_ranking, ("bfloat16",)),
   Law(8, "gradients are finite everywhere", law_8_finite, ("later",)),
+  Law(2, EQUAL, law_2_model, ("model",)),
+  Law(3, "dead tokens are inert", law_3_block, ("model",)),
   Law(8, "gradients reach the reducer's own parameters and its rate", law_8_model, ("model",)),
-  Law(9, "batch rows are independent", law_9_rows, ("ragged",)),
-  Law(10, "ranking is done in float32, ties go to the lower index", law_10_ranking, ("bfloat16",)),
   Law(11, "eight devices equal one, without a collective inside", law_11_devices, ("prefix",)),
   Law(12, "freeze, export, reload: same logits", law_12_export, ("model",)),
 ]
