@@ -175,7 +175,7 @@ def test_other_folders_are_left_alone(plain, tmp_path):
     (dict(formats=("orbax", "stablehol")), "formats has 'stablehol'; did you mean 'stablehlo'"),
     (dict(formats="orbax"), "formats='orbax' must be a list"),
     (dict(formats=()), "must be a list of names; valid: orbax, stablehlo"),
-    (dict(platforms=("cpu", "gpu")), "platforms has 'gpu'; .*valid: cpu, cuda, rocm, tpu"),
+    (dict(platforms=("cpu", "gpu")), "platforms has 'gpu'; did you mean 'cuda'. valid: cpu, cuda, rocm, tpu"),
     (dict(batch_size=0), "batch_size=0; valid: 1 or more"),
     (dict(batch_size=1.5), "batch_size=1.5; valid: 1 or more"),
     (dict(batch_size="8"), "batch_size='8'; valid: 1 or more"),

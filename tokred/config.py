@@ -258,6 +258,8 @@ def complete(config: Mapping[str, Any]) -> ConfigDict:
       raise ValueError(f"config.{group}={value!r} must be a dict of fields; {valid}")
     elif group == "sites":
       for name, site in value.items():
+        if not isinstance(name, str) or "." in name:
+          raise ValueError(f"config.sites has {name!r}; valid: a name of letters, digits and underscores")
         if not isinstance(site, (Mapping, ConfigDict)):
           raise ValueError(f"config.sites.{name}={site!r} must be a dict with the fields of a site (tokred/sites.py)")
       full.sites = ConfigDict({name: {k: _tuples(v) for k, v in site.items()} for name, site in value.items()})

@@ -175,9 +175,10 @@ def _count(
       )
     left = (count - protected) / source
   if count < fewest:
+    more = " (1 is a number of tokens; all of them are 1.0)" if keep == 1 and isinstance(keep, int) else ""
     raise ValueError(
       f"{field}: keep={keep} leaves {count} of {arriving} tokens at layer {draft['layer']}, but {draft['reducer']!r} "
-      f"can go down to {fewest}; raise config.{field}.keep"
+      f"can go down to {fewest}; raise config.{field}.keep{more}"
     )
   count = reducer.leaving(count, arriving)
   if removed is not None:

@@ -46,6 +46,8 @@ MISTAKES = {
   "keep below 0": (site(keep=-0.5), ["sites.prune.keep=-0.5", "above 0.0"]),
   "more than arrive": (site(keep=40), ["sites.prune: keep=40", "only 17 tokens arrive at layer 1", "lower config"]),
   "layer": (site(layers=(2,)), ["sites.prune.layers has 2", "layers 0 to 1"]),
+  "all tokens, meant": (site(keep=1), ["keep=1 leaves 1 of 17 tokens", r"keep \(1 is a number .* all of them are 1.0"]),
+  "a site's name": ({"sites": {3: {}, "x": {}}}, ["config.sites has 3; valid: a name of letters"]),
   "rate": (site(rate="lerned"), ["sites.prune.rate='lerned'", "did you mean 'learned'"]),
   "mesh": ({"mesh": {"data": 3}}, ["config.mesh.data=3", "there are 8; valid: a product of 8"]),
   "packed and shared": ({"text": {"pack": True, "share": True}}, ["config.text.share=True and config.text.pack=True"]),

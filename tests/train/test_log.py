@@ -115,6 +115,19 @@ def test_bar_shows_steps_images_time_left_and_loss(tmp_path, capsys):
   assert "a message\n" in printed.err
 
 
+def test_images_a_second_leave_out_the_first_step(tmp_path, monkeypatch, capsys):
+  """Two steps of a short run: one compiles for 10 s, the other takes 1 s."""
+  clock = [100.0]
+  monkeypatch.setattr("tokred.train.log.time.monotonic", lambda: clock[0])
+  with MetricLog(tmp_path) as log:
+    log.start(total_steps=2, first_step=0, images_per_step=8)
+    for seconds in (10.0, 1.0):
+      clock[0] += seconds
+      log.step(log._done + 1)
+  printed = capsys.readouterr().err
+  assert "8 images/s" in printed and "2/2" in printed and printed.count("images/s") == 1
+
+
 def test_speed_counts_steps_since_the_last_call(tmp_path, monkeypatch):
   clock = [100.0]
   monkeypatch.setattr("tokred.train.log.time.monotonic", lambda: clock[0])

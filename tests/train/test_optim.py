@@ -252,6 +252,11 @@ def test_ema_by_hand():
     (dict(freeze=("encoder/blok_0/kernel",)), "config.optim.freeze: 'encoder/blok_0/kernel' matches none"),
     (dict(multipliers=(("hed/.*", 0.1),)), "config.optim.multipliers: 'hed/.*' matches none"),
     (dict(freeze_until=(("zzz", 1),)), "config.optim.freeze_until: 'zzz' matches none"),
+    (
+      dict(freeze_until=(("head/.*", 3), ("encoder/.*", 10))),
+      "config.optim.freeze_until: ('encoder/.*', 10), but the run has 10 steps (config.train.steps or epochs), "
+      "and that would never learn; valid: steps below 10, or config.optim.freeze",
+    ),
     (dict(freeze=("(",)), "config.optim.freeze: '(' is not a regular expression"),
     (dict(freeze=(".*",)), "config.optim.freeze=('.*',) matches every parameter"),
     (dict(freeze_until=("head/.*", 3)), "config.optim.freeze_until: 'head/.*' is not a (regex, step) pair"),

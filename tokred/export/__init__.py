@@ -186,7 +186,7 @@ def check(
       raise ValueError(f"{field}={names!r} must be a list of names; valid: {', '.join(valid)}")
     for name in names:
       if name not in valid:
-        raise ValueError(f"{field} has {name!r}; {nearest(name, valid)}")
+        raise ValueError(f"{field} has {name!r}; {nearest('cuda' if name == 'gpu' else name, valid)}")
   if batch_size is not None and (not isinstance(batch_size, (int, np.integer)) or batch_size < 1):
     raise ValueError(f"batch_size={batch_size!r}; valid: 1 or more, or None for any")
   if dtype not in (None, *DTYPES):

@@ -31,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 
 import tokred
 from tokred import files, run_dir
-from tokred.config import complete
+from tokred.config import complete, nearest
 from tokred.export.folder import LANGUAGE_CARD as CARD
 from tokred.export.folder import WEIGHTS, ExportError, check_replaceable, in_fresh_process, replacing
 from tokred.export.functions import PLATFORMS, check_platform, here
@@ -295,7 +295,7 @@ def _check(
       raise ValueError(f"{name}={value}; valid: 1 or more")
   for platform in platforms or ():
     if platform not in PLATFORMS:
-      raise ValueError(f"platforms has {platform!r}; valid: {', '.join(PLATFORMS)}")
+      raise ValueError(f"platforms has {platform!r}; {nearest('cuda' if platform == 'gpu' else platform, PLATFORMS)}")
   if len(frozen) < len(models):
     counts = [_left(model) for model in models]
     raise ValueError(

@@ -50,6 +50,7 @@ class MetricLog:
   def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None = None, active: bool | None = None):
     self._active = jax.process_index() == 0 if active is None else active
     self._bar: tqdm | None = None
+    self._first: tuple[int, float] | None = None  # step that this process made first, and when
     self._loss: float | None = None
     self._images_per_step = 0
     self._done = self._timed_step = 0
@@ -112,11 +113,15 @@ class MetricLog:
 
   def step(self, step: int) -> None:
     """Moves the bar to `step` steps made."""
-    moved, self._done = step - self._done, step
+    moved, self._done, now = step - self._done, step, time.monotonic()
     if self._bar is None or not self._active:
       return
-    state = self._bar.format_dict
-    rate = state["rate"] or (state["n"] - state["initial"]) / max(state["elapsed"], 1e-9)
+    if self._first is None:  # it compiles, and says nothing of the speed of others
+      self._first, self._bar.n = (step, now), step
+      self._bar.last_print_n, self._bar.last_print_t = step, time.time()
+      self._bar.refresh()
+      return
+    rate = self._bar.format_dict["rate"] or (step - self._first[0]) / max(now - self._first[1], 1e-9)
     loss = "" if self._loss is None else f"loss {self._loss:.4g}, "
     self._bar.set_postfix_str(f"{loss}{rate * self._images_per_step:.0f} images/s", refresh=False)
     self._bar.update(moved)

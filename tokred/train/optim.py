@@ -124,6 +124,11 @@ def make_optimizer(
   factors = _pairs("multipliers", config_optim.multipliers)
   scaled = _first_match("multipliers", [regex for regex, _ in factors], names, may_miss)
   steps = _pairs("freeze_until", config_optim.freeze_until)
+  if late := [pair for pair in steps if pair[1] >= total_steps]:
+    raise ValueError(
+      f"config.optim.freeze_until: {late[0]!r}, but the run has {total_steps} steps (config.train.steps or epochs), "
+      f"and that would never learn; valid: steps below {total_steps}, or config.optim.freeze"
+    )
   held = _first_match("freeze_until", [regex for regex, _ in steps], names, may_miss)
   norms = _pairs("clip_groups", config_optim.clip_groups)
   clipped = _first_match("clip_groups", [regex for regex, _ in norms], names, may_miss)
