@@ -8,10 +8,10 @@ the teacher of the reduced one:
     --workdir=runs/cifar10_dense
   python train.py --config=configs/finetune.py:init=runs/cifar10_dense,dataset=cifar10,budget=0.5 --workdir=runs/cifar10
 
-Structural arguments: init; variant (size/patch, where a bare timm file does not tell the heads); dataset (digits, those
-of configs/vit.py, or any other of TFDS with classes=N); image_size (pixels, square; 0: the checkpoint's, else its
-positions are resized); classes; data_dir; method (diffrate: learned rates; dense; any other); budget (share of the
-dense cost); steps; tune (what learns: full, lora, reducers); runlocal.
+Structural arguments: init; num_heads (where a bare timm file does not tell them; or variant, size/patch, of the file's
+width); dataset (digits, those of configs/vit.py, or any other of TFDS with classes=N); image_size (pixels, square; 0:
+the checkpoint's, else its positions are resized); classes; data_dir; method (diffrate: learned rates; dense; any other);
+budget (share of the dense cost); steps; tune (what learns: full, lora, reducers); runlocal.
 
 Leaves that one may want to set: `--config.loss.target=8.5 --config.loss.target_unit=gmacs` (or gflops, tokens) for a
 budget in other units, `--config.optim.ema=0.999`, `--config.data.mixup=0.8`, `--config.model.drop_path=0.1`,
@@ -31,8 +31,8 @@ RATE_LR = 0.03  # of the logits of learned rates, which start at 0 and end a few
 
 def get_config(arg: str | None = None) -> ConfigDict:
   args = arguments(
-    arg, init="", variant="", dataset="cifar10", image_size=0, classes=0, data_dir="", method="diffrate", budget=0.5,
-    steps=2000, tune="full", runlocal=False,
+    arg, init="", variant="", num_heads=0, dataset="cifar10", image_size=0, classes=0, data_dir="", method="diffrate",
+    budget=0.5, steps=2000, tune="full", runlocal=False,
   )  # fmt: skip
   if not (args.init or args.runlocal):
     raise ValueError("config argument init is missing; valid: a run directory, export, weights file or hub name")
@@ -52,11 +52,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
   if args.init:
     from tokred.loading import read_config  # JAX comes with it: only now
 
-    given = read_config(args.init, {"variant": args.variant} if args.variant else {})
-    if args.variant and given.model.variant != args.variant:
-      raise ValueError(
-        f"config argument variant={args.variant!r}, but {args.init} is {given.model.variant!r}; leave it out"
-      )
+    told = {name: args[name] for name in ("variant", "num_heads") if args[name]}
+    size = {"image_size": (args.image_size, args.image_size)} if args.image_size else {}
+    given = read_config(args.init, told | size)
+    for name, value in told.items():
+      if given.model[name] != value:
+        raise ValueError(
+          f"config argument {name}={value!r}, but {args.init} has {given.model[name]!r} of its own; leave it out"
+        )
     had = given.model.num_classes
     config.model.update(given.model)
     config.data.update({name: given.data[name] for name in ("mean", "std", "resize", "crop_fraction")})

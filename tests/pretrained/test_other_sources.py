@@ -12,7 +12,9 @@ from flax import linen as nn
 from safetensors.numpy import save_file
 
 import tokred
+from configs import finetune
 from tokred import loading
+from tokred.config import complete
 from tokred.pretrained import open_source
 
 D, H, PATCH, SIDE = 16, 2, 4, 3
@@ -80,6 +82,29 @@ def test_what_a_bare_file_does_not_tell_is_asked_for(tmp_path):
   save_file(state, tmp_path / "wide.safetensors")
   model = tokred.load(tmp_path / "wide.safetensors", model=dict(num_heads=H, image_size=(8, 16)))
   np.testing.assert_array_equal(model.params["pos_embed"], state["pos_embed"])
+
+
+def test_a_variant_tells_the_heads_of_its_own_width_alone(tmp_path):
+  """mu is the nearest to a width of 16, but 32 wide: its 2 heads say nothing of this file."""
+  save_file(timm(), tmp_path / "vit.safetensors")
+  message = r"num_heads \(its width is 16, that of variant='mu/4' is not\); give it: model={'num_heads': ...}"
+  with pytest.raises(ValueError, match=message):
+    tokred.load(tmp_path / "vit.safetensors", model=dict(variant="mu/4"))
+  model = tokred.load(tmp_path / "vit.safetensors", model=dict(variant="mu/4", num_heads=4))
+  assert model.module.shape.num_heads == 4
+  wide = {"patch_embed.proj.weight": (32, 3, PATCH, PATCH)}  # of which no more is read
+  save_file(timm(**wide), tmp_path / "wide.safetensors")
+  config = open_source(tmp_path / "wide.safetensors").config(dict(variant="mu/4"))
+  assert complete(config).model.num_heads == 0  # as the variant says
+
+
+def test_the_recipe_asks_for_what_a_bare_file_does_not_tell(tmp_path):
+  save_file(timm(pos_embed=(1, 2 * 5 + 1, D)), tmp_path / "wide.safetensors")
+  ask = f"init={tmp_path / 'wide.safetensors'},dataset=digits,method=dense"
+  with pytest.raises(ValueError, match=r"model={'image_size': ..., 'num_heads': ...}"):
+    finetune.get_config(ask)
+  config = finetune.get_config(f"{ask},image_size=12,num_heads=4")
+  assert (config.model.num_heads, config.model.image_size, config.model.width) == (4, (12, 12), D)
 
 
 def test_gated_mlps_and_attention_pooling_of_timm(tmp_path):

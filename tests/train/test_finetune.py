@@ -266,7 +266,8 @@ def test_the_recipe_trains_from_hugging_face(arguments, one_device, tmp_path):
     ("runlocal,method=evitt", ValueError, r"config argument method='evitt' is unknown; did you mean 'evit'\?"),
     ("runlocal,dataset=digits,image_size=18", ValueError, r"config.model.image_size=\(18, 18\) must be"),
     ("init=runs/nowhere,dataset=digits", FileNotFoundError, "runs/nowhere"),
-    ("init=DENSE,variant=S/16,dataset=digits", ValueError, "variant='S/16', but .* is 'mu/1'; leave it out"),
+    ("init=DENSE,variant=S/16,dataset=digits", ValueError, "variant='S/16', but .* has 'mu/1' of its own; leave it"),
+    ("init=DENSE,num_heads=3,dataset=digits", ValueError, "num_heads=3, but .* of its own; leave it out"),
   ],
 )
 def test_recipe_errors(arguments, error, message, dense):

@@ -34,17 +34,20 @@ class Source:
     """Fields of the config with those of `config.model` that the user sets.
 
     A size in `variant` that is not the file's replaces its width, depth, mlp_dim and num_heads; the same size with
-    another patch changes the patch alone.
+    another patch changes the patch alone.  Heads that the file does not tell are the variant's where the width is.
 
     Raises:
       ValueError: `strict`, and the files do not tell a field that the user does not give either; it is asked for.
     """
-    missing = [field for field in self.ask if field not in model and not (field in SIZES and "variant" in model)]
+    known, size = dict(self.fields.get("model", {})), str(model.get("variant", "")).split("/")[0]
+    other = size not in ("", known.get("variant", "").split("/")[0])
+    told = SIZES if other or VARIANTS.get(size, (0,))[0] == known.get("width") else ()
+    missing = [field for field in self.ask if field not in model and field not in told]
     if missing and strict:
       wanted = ", ".join(f"{field!r}: ..." for field in missing)
-      raise ValueError(f"{self.path} does not tell config.model.{missing[0]}; give it: model={{{wanted}}}")
-    known = dict(self.fields.get("model", {}))
-    if str(model.get("variant", "")).split("/")[0] not in ("", known.get("variant", "").split("/")[0]):
+      why = f" (its width is {known.get('width')}, that of variant={model['variant']!r} is not)" if size else ""
+      raise ValueError(f"{self.path} does not tell config.model.{missing[0]}{why}; give it: model={{{wanted}}}")
+    if other:
       known = {field: value for field, value in known.items() if field not in SIZES}
     out = dict(self.fields) | {"model": known | dict(model)}
     labels = out.get("data", {}).get("labels", ())
