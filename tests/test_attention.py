@@ -178,6 +178,33 @@ def test_a_vote_for_oneself_has_no_gate():
   np.testing.assert_allclose(jax.grad(reaches)(jnp.ones((1, 2))), [[0.5, -0.25]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["matmul", "fused"])
+def test_a_head_of_keys_serves_queries_in_a_row(impl):
+  """Of four heads of queries the first two ask the first head of keys; gated or not."""
+  q, k, v, _ = (f32(a) for a in inputs(6))
+  four = jnp.concatenate([q, 2 * q], axis=1)
+  for mask in (None, f32(ALIVE)):
+    grouped = attention.attend(four, k, v, mask=mask, impl=impl)
+    each = [attention.attend(four[:, i : i + 1], *(a[:, i // 2 :][:, :1] for a in (k, v)), mask=mask) for i in range(4)]
+    np.testing.assert_allclose(grouped, jnp.concatenate(each, axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["matmul", "fused"])
+def test_what_is_shared_is_seen_and_does_not_look(impl):
+  """Values 0, 3 and 9 of two segments and of what both see, all alike: means of 0 and 9, of 3 and 9, and 9 alone."""
+  q, v = jnp.zeros((1, 1, 3, 4)), jnp.zeros((1, 1, 3, 4)).at[0, 0, :, 0].set(jnp.asarray([0.0, 3.0, 9.0]))
+  out = attention.attend(q, q, v, segment=jnp.asarray([[0, 1, attention.SHARED]]), impl=impl)
+  np.testing.assert_allclose(out[0, 0, :, 0], [4.5, 6, 9], rtol=1e-6)
+
+
+def test_the_row_of_the_last_that_lives():
+  """Of three tokens two live; the second has logits 0 and log 3: 1/4 and 3/4, and nothing behind it."""
+  q = jnp.zeros((1, 1, 3, 1)).at[0, 0, :, 0].set(jnp.asarray([5.0, 1.0, 7.0]))
+  k = jnp.zeros((1, 1, 3, 1)).at[0, 0, :, 0].set(jnp.asarray([0.0, np.log(3), 9.0]))
+  got = attention.last_attention(q, k, mask=jnp.asarray([[True, True, False]]))
+  np.testing.assert_allclose(got, [[0.25, 0.75, 0]], rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["none", "mask", "gate"])
 def test_cls_attention_is_a_row_of_the_map(kind):
   q, k, _, size = inputs(5)

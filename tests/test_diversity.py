@@ -76,7 +76,9 @@ def test_mmr_takes_several_at_once_and_leaves_out_what_is_protected():
   """
   tokens = tokens_of(np.arange(5), angles=(0, 0, 10, 90, 60), cls_attention=[[9, 8, 6, 4, 2]])
   tokens = tokens.replace(protected=jnp.arange(5)[None] < 1)
-  assert survivors(diversity.MMR(), tokens, 3)[0] == [0, 1, 3]
+  position, _, report = survivors(diversity.MMR(), tokens, 3)
+  assert position == [0, 1, 3]
+  np.testing.assert_allclose(report["score"][0, 3], 0.25, atol=1e-6)
   position, _, report = survivors(diversity.MMR(at_once=2), tokens, 3)
   assert position == [0, 1, 2]
   position, _, report = survivors(diversity.MMR(scale="range"), tokens, 4)
@@ -185,13 +187,14 @@ def test_zerotprune_by_hand():
 
 
 def test_zerotprune_behind_cls():
-  """Of five free tokens three are the upper half, (5 + 1) / 2: 0, 90, 180 degrees; the lower two are at 91 and 45.
+  """Of five free tokens three are the upper half, (5 + 1) / 2: 0, 90, 90.4 degrees; the lower two are at 91 and 45.
 
-  Four leave, of which floor(.4 x 4) = 1 is redundant: token 4, whose cosine to 90 degrees is .9998.  Three more leave
-  by importance, and a redundant token is worse than any: 1 stays of 1, 2, 3 and 5, as high as importance may be.
+  Four leave, of which floor(.4 x 4) = 1 is redundant: token 4, .6 degrees from token 3, which stands .4 from token 2 but
+  is no candidate.  Three more leave by importance, and a redundant token is worse than any, as high as importance may
+  be: 1 stays of 1, 2, 3 and 5.
   """
   feats = {f"pagerank_{i}": [[0.01, 0.95, 0.9, 0.8, 0.7, 0.05]] for i in scores.PAGERANK}
-  tokens = tokens_of(np.arange(6), angles=(91, 0, 90, 180, 91, 45), **feats)
+  tokens = tokens_of(np.arange(6), angles=(91, 0, 90, 90.4, 91, 45), **feats)
   tokens = tokens.replace(protected=jnp.arange(6)[None] < 1)
   module = zerotprune.ZeroTPrune(similar=0.4)
   assert survivors(module, tokens, 2)[0] == [0, 1]

@@ -14,7 +14,7 @@ import tokred
 from tokred import config as defaults
 from tokred import losses, schedules
 from tokred import tokens as tk
-from tokred.nn import vit
+from tokred.nn import reduce, vit
 from tokred.reducers.dyt import DyT, dispatch
 from tokred.reducers.gumbel import Gumbel
 
@@ -227,6 +227,23 @@ def test_a_learned_rate_is_charged_for_what_it_can_do():
   full = defaults.complete(dict(model=SMALL, sites=dict(merge=dict(reducer="tome", layers=(0, 1, 2), rate="learned"))))
   frozen = tokred.freeze(dataclasses.replace(tokred.build(full), params=params))
   assert frozen.counts == (9, 5, 3, 3) and losses.macs(module, output) == pytest.approx(frozen.macs)
+
+
+def test_a_rate_that_asks_for_the_least_learns_as_any_other():
+  """Of 17 tokens ToMe leaves 9 at least, and as many does a rate ask for that is even over 12, 8 and 4 patches, and has
+  next to nothing on 16: d n / d theta_k = (c_k - 8) / 3."""
+  merge = dict(merge=dict(reducer="tome", layers=(0,), rate="learned", granularity=4))
+  (spot,) = vit.make(defaults.complete({"model": SMALL}).model, merge).sites.spots
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 17, 4)), jnp.float32)
+  tokens = tk.start(x, 1).replace(feats={"key": x[:, :, None]})
+
+  def count(logits):
+    params = {"params": {"rate": {"logits": logits}}}
+    return reduce.Step(spot).apply(params, tokens, None, train=True, mode="mask")[1]["count"]
+
+  value, slope = jax.jit(jax.value_and_grad(count), compiler_options=quick())(jnp.asarray([-30.0, 0, 0, 0]))
+  assert value == 9
+  np.testing.assert_allclose(slope, [0, 4 / 3, 0, -4 / 3], atol=1e-6)
 
 
 def test_a_threshold_does_not_stop_a_decision_from_learning():
