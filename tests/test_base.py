@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokred import rates
 from tokred import tokens as tk
 from tokred.reducers import base
 
@@ -44,9 +45,9 @@ def test_what_is_drawn_is_drawn_in_mask_mode(samples):
 def test_order_of_a_decision():
   """The protected, those that are kept, the others, the dead; each in their order."""
   index = jnp.arange(6)[None]
-  tokens = tk.start(jnp.zeros((1, 6, 1))).replace(mask=index < 5, protected=index == 2)
+  tokens = tk.start(jnp.zeros((1, 6, 1))).replace(mask=index > 0, protected=index == 2)
   order = base.decided(tokens, jnp.asarray([[False, True, True, False, True, False]]))
-  np.testing.assert_array_equal(order, [[2, 1, 4, 0, 3, 5]])
+  np.testing.assert_array_equal(order, [[2, 1, 4, 3, 5, 0]])
 
 
 def test_an_image_of_which_nothing_goes_stays_whatever_others_do():
@@ -75,3 +76,28 @@ def test_the_largest_of_a_group_is_shared():
   np.testing.assert_array_equal(base._largest(x, owner)[0, 0], [5, 2])
   slope = jax.grad(lambda x: base._largest(x, owner)[0, 0].sum())(x)
   np.testing.assert_array_equal(slope[0], [[0.5, 0], [0.5, 1], [0, 0]])
+
+
+def test_a_soft_count_has_its_temperature_throughout():
+  """The gates of `soft_top` learn as the weights of scores over tau that add up to the count."""
+  score = jnp.asarray([[0.0, 1.0, -2.0, 5.0]])
+  tokens = tk.start(jnp.zeros((1, 4, 1)))
+  gates = lambda s: base.soft_top(tokens, s, 2, 3.0, train=True).gate
+  slope, want = (jax.jacobian(f)(score) for f in (gates, lambda s: rates.soft_topk(s / 3.0, 2.0)))
+  np.testing.assert_allclose(slope, want, atol=1e-5)
+
+
+def test_no_more_are_kept_than_are_alive():
+  tokens = tk.start(jnp.zeros((2, 3, 1))).replace(mask=jnp.asarray([[True, True, False], [True] * 3]))
+  assert base.num_kept(tokens, 3).tolist() == [[2], [3]]
+
+
+def test_rows_with_counts_of_their_own_merge_in_gather_mode():
+  """Token 1 joins token 0 of its image, and none of the other; with room for all there is one dead."""
+  tokens = tk.start(jnp.asarray([[[2.0], [4.0], [9.0]]] * 2))
+  owner = jnp.asarray([[0, 0, 2], [0, 1, 2]])
+  order = jnp.asarray([[0, 2, 1], [0, 1, 2]])
+  out = base.finish_rows(tokens, base.merge_into(tokens, owner, order), 3, "gather")
+  np.testing.assert_allclose(out.x[0, :2, 0], [3, 9])
+  np.testing.assert_allclose(out.x[1, :, 0], [2, 4, 9])
+  assert out.alive.tolist() == [[True, True, False], [True] * 3]

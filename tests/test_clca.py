@@ -9,6 +9,7 @@ from test_recover import SMALL, build, make
 
 import tokred
 from tokred import evaluate
+from tokred import tokens as tk
 from tokred.layout import Stack
 from tokred.model import forward
 from tokred.reducers import clca
@@ -227,3 +228,17 @@ def test_clca_learns_with_a_rate_and_freezes():
   for block in ("block_1", "block_2"):
     slope = grads[block]["reduce"]["cut"]["rate"]["logits"]
     assert np.isfinite(slope).all() and (slope != 0).any() == (block == "block_1"), block
+
+
+def test_what_joins_and_what_is_remembered_by_hand():
+  """The mean of 2 and 4 is 3; a gate moves it by (x_i - 3) / 2, also that of 8, which is switched off: 5 / 2.  What
+  joins represents one token each, so that the log of its size is 0."""
+  tokens = tk.start(jnp.asarray([[[9.0], [2.0], [4.0], [8.0]]]), 1).replace(mask=jnp.asarray([[1.0, 1, 1, 0]]))
+
+  def mean(mask):
+    return clca.CLCA(place="after", depth=4).apply({}, tokens.replace(mask=mask), method="vectors")[0, 0, 0]
+
+  np.testing.assert_allclose(mean(tokens.mask), 3.0)
+  np.testing.assert_allclose(jax.grad(mean)(tokens.mask), [[0, -0.5, 0.5, 2.5]])
+  joined = clca.append(tokens, jnp.ones((1, 2, 1)))
+  assert joined.size[0, :5].tolist() == [1] * 5 and joined.mask[0].tolist() == [1, 1, 1, 1, 1, 0]

@@ -189,9 +189,8 @@ def test_zerotprune_by_hand():
 def test_zerotprune_behind_cls():
   """Of five free tokens three are the upper half, (5 + 1) / 2: 0, 90, 90.4 degrees; the lower two are at 91 and 45.
 
-  Four leave, of which floor(.4 x 4) = 1 is redundant: token 4, .6 degrees from token 3, which stands .4 from token 2 but
-  is no candidate.  Three more leave by importance, and a redundant token is worse than any, as high as importance may
-  be: 1 stays of 1, 2, 3 and 5.
+  Four leave, of which floor(.4 x 4) = 1 is redundant: token 4, .6 degrees from token 3; that, .4 from token 2, is no
+  candidate.  Three more leave by importance, and what is redundant is worse than any: 1 stays of 1, 2, 3 and 5.
   """
   feats = {f"pagerank_{i}": [[0.01, 0.95, 0.9, 0.8, 0.7, 0.05]] for i in scores.PAGERANK}
   tokens = tokens_of(np.arange(6), angles=(91, 0, 90, 90.4, 91, 45), **feats)

@@ -53,9 +53,11 @@ def test_a_merged_token_is_as_important_as_its_most_important_member():
   turn = np.deg2rad(10)
   x = np.asarray([[[1, 0], [1, 0], [-np.cos(turn), np.sin(turn)], [-1, 0]]])
   tokens = make(x, key=x, column_mean=[[0.1, 0.4, 0.5, 0.2]])
+  tokens = tokens.replace(feats=tokens.feats | {"state/own": tokens.feats["column_mean"]})
   for mode in MODES:
     merged, _ = run(tome.ToMe(), tokens, 2, mode)
     np.testing.assert_allclose(merged.feats["column_mean"][0, :2], [0.4, 0.5])
+    np.testing.assert_allclose(merged.feats["state/own"][0, :2], [0.4, 0.2])  # what lasts is its owner's
     left, _ = run(topk.TopK(score="column_mean"), merged, 1, mode)
     np.testing.assert_array_equal(left.owner, [[-1, -1, 0, 0]])
 

@@ -14,7 +14,7 @@ from tokred import tokens as tk
 from tokred.nn import budget, decoder, vit
 from tokred.nn.decoder_layer import Shape
 from tokred.rates import Rows, Threshold
-from tokred.reducers.router import Router
+from tokred.reducers.router import GATES, Router
 
 SMALL = dict(variant="mu/4", width=16, depth=4, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=3)
 MOD = dict(reducer="router", layers=(1, 3))
@@ -76,6 +76,12 @@ def test_who_chooses_by_hand(mode, rows):
     _, report = by(train=train)
     np.testing.assert_array_equal(report["chosen"], [[0, 1, 1, 1]])
     np.testing.assert_allclose(report["predictor_accuracy"], [0.5])
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_router_that_does_nothing_at_zero_begins_elsewhere(gate):
+  kernel = Router(gate=gate).init(jax.random.key(0), tk.start(jnp.ones((1, 3, 4))), 2, train=False, mode="mask")
+  assert np.asarray(kernel["params"]["kernel"]).any() == (gate in ("raw", "tanh"))
 
 
 def test_a_predictor_learns_alone():

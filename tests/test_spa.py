@@ -11,7 +11,7 @@ from tokred import config as defaults
 from tokred import losses
 from tokred import tokens as tk
 from tokred.nn import attention, vit
-from tokred.reducers.spa import admit, selection_loss
+from tokred.reducers.spa import SPA, admit, selection_loss
 from tokred.testing.laws import COLLECTIVE
 
 SMALL = dict(variant="mu/4", width=16, depth=4, num_heads=2, mlp_dim=32, image_size=(16, 16), num_classes=3)
@@ -259,3 +259,21 @@ def test_a_batch_of_unknown_size_takes_images_one_by_one(params):
   shape = jax.ShapeDtypeStruct((size, 16, 16, 3), jnp.float32)
   exported = jax.export.export(jax.jit(lambda i: module.apply({"params": params}, i).logits))(shape)
   assert str(exported.out_avals[0].shape[0]) == "batch"
+
+
+def test_where_more_want_in_than_there_is_room():
+  """Scores are 40 and x: all want in.  In gather mode CLS and the best two find room, in mask mode all; the share is of
+  those that want in.  At tau = 100 a token's slope is p (1 - p) / tau of a p near 1 / 2."""
+  tokens = tk.start(jnp.asarray([[[9.0], [-3.0], [2.0], [1.0], [-1.0]]]), 1)
+  module = SPA(group=1, temperature=100.0)
+
+  def share(bias, mode):
+    params = {"gate": dict(kernel=jnp.asarray([[1.0, 0.0]]), bias=bias)}
+    out, report = module.apply({"params": params}, tokens, 3, train=True, mode=mode, rngs={"reduce": jax.random.key(0)})
+    return report["kept_share"][0], (out, report["kept_share"][0])
+
+  run = jax.jit(jax.grad(share, has_aux=True), static_argnums=1, compiler_options=quick())
+  both = jnp.asarray([40.0, 0.0])
+  (gathered, wanted), (masked, also) = (run(both, mode)[1] for mode in ("gather", "mask"))
+  assert gathered.position.tolist() == [[0, 2, 3]] and masked.alive.all() and wanted == also == 1
+  np.testing.assert_allclose(100 * run(jnp.zeros(2), "mask")[0], [0.25, -0.25], rtol=0.02)
