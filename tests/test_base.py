@@ -1,13 +1,17 @@
 """How reducers rank, and how a plan is carried out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import quick
 
 from tokred import rates
 from tokred import tokens as tk
 from tokred.reducers import base
+from tokred.reducers.transforming import Transforming
 
 
 def test_ranks_of_what_is_no_number():
@@ -58,6 +62,16 @@ def test_an_image_of_which_nothing_goes_stays_whatever_others_do():
   np.testing.assert_array_equal(
     base.finish(tokens, base.keep_top(tokens, score, 3), 3, "gather").position, [[0, 1, 2]] * 2
   )
+
+
+def test_slots_of_an_image_of_which_nothing_goes_are_its_tokens():
+  """The others' slots are mixed all the same."""
+  x = jnp.asarray([[[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]]] * 2)
+  tokens = tk.start(x).replace(feats={"cls_attention": jnp.asarray([[0.2, 0.5, 0.3]] * 2)})
+  apply = functools.partial(Transforming(temperature=1.0).apply, {}, train=False, mode="mask")
+  out, _ = jax.jit(apply, compiler_options=quick())(tokens, jnp.asarray([3, 2]))
+  np.testing.assert_array_equal(out.x[0], x[0])
+  assert not (out.x[1, 0] == x[1, 1]).all()
 
 
 def test_shares_are_rounded_up():
