@@ -10,8 +10,8 @@ the teacher of the reduced one:
 
 Structural arguments: init; num_heads (where a bare timm file does not tell them; or variant, size/patch, of the file's
 width); dataset (digits, those of configs/vit.py, or any other of TFDS with classes=N); image_size (pixels, square; 0:
-the checkpoint's, else its positions are resized); classes; data_dir; method (diffrate: learned rates; dense; any other);
-budget (share of the dense cost); steps; tune (what learns: full, lora, reducers); runlocal.
+the checkpoint's, else its positions are resized); classes; data_dir; method (diffrate: learned rates; dense; any
+other); budget (share of the dense cost); steps; tune (what learns: full, lora, reducers); runlocal.
 
 Leaves that one may want to set: `--config.loss.target=8.5 --config.loss.target_unit=gmacs` (or gflops, tokens) for a
 budget in other units, `--config.optim.ema=0.999`, `--config.data.mixup=0.8`, `--config.model.drop_path=0.1`,
