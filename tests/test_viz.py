@@ -70,6 +70,63 @@ def test_tokens_that_go_round_blocks_are_back_behind_them(drawn, tmp_path):
   assert all(value.shape == (2, 6, 16) and np.isfinite(value).all() for value in frozen.values())
 
 
+@pytest.mark.parametrize("place", ["around", "mlp"])
+def test_a_router_shows_who_goes_through_its_block(place, drawn, tmp_path):
+  """Behind the block all are tokens again: it is not by the source map of blocks that one sees it."""
+  model = make(route=dict(reducer="router", place=place, layers=(1,), keep=0.5))  # ceil(6 / 2) patches and CLS
+  save_survivors(model, IMAGES, tmp_path / "survivors.png")
+  axes = np.array(drawn[0].axes).reshape(2, 2)
+  assert [axis.get_title() for axis in axes[0]] == ["image: 7 tokens", "inside block 1: 4 tokens"]
+  inside = np.asarray(model.inspect(IMAGES).aux["inside"][1])
+  for row, image in enumerate(IMAGES):
+    grey = np.clip(image * 0.5 + 0.5, 0, 1) * np.ones(3)
+    same = np.abs(axes[row, 1].images[0].get_array() - grey).max(-1) < 1e-6
+    np.testing.assert_array_equal(same.reshape(2, 2, 3, 2).all((1, 3)).ravel(), inside[row, 1:] >= 0)
+  assert "gone round" in drawn[0]._supxlabel.get_text()
+
+
+def test_routers_inside_a_scope_and_behind_a_cut(drawn, tmp_path):
+  """The sources are those of the image also where a cut came before; who goes round two things at once is not drawn."""
+  cut = dict(reducer="topk", layers=(0,), keep=5)
+  model = make(
+    cut=cut,
+    route=dict(reducer="router", layers=(1,), keep=0.5),
+    mlp=dict(reducer="router", place="mlp", layers=(1,), keep=2),
+  )
+  aux = model.inspect(IMAGES).aux
+  inside, behind = np.asarray(aux["inside"][1]), np.asarray(aux["owner/1"])
+  assert ((inside >= 0).sum(1) == 3).all() and not ((inside >= 0) & (behind < 0)).any()
+  save_survivors(model, IMAGES, tmp_path / "survivors.png")
+  titles = [axis.get_title() for axis in drawn[0].axes[:3]]
+  assert titles == ["image: 7 tokens", "block 0: 5 tokens", "inside block 1: 3 tokens"]
+
+
+def test_pixels_are_drawn_as_what_they_are(model, drawn, tmp_path):
+  pixels = np.random.default_rng(1).integers(0, 256, (2, 4, 6, 1), np.uint8)
+  save_survivors(model, pixels, tmp_path / "survivors.png", titles=np.array(["one", "two"]))
+  np.testing.assert_allclose(drawn[0].axes[0].images[0].get_array(), pixels[0] / 255 * np.ones(3), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(titles=["one"]), r"titles=\['one'\] for 2 images; valid: a list of as many"),
+    (dict(titles="ab"), r"titles='ab' for 2 images; valid: a list"),
+    (dict(ids=np.zeros((2, 3), np.int32)), "ids are given, but a model of images alone"),
+    (dict(path="survivors.jpg"), r"path='survivors.jpg'; valid: a file that ends in .png"),
+    (dict(path="/tmp"), r"path='/tmp'; valid: a file that ends in .png"),
+    (dict(model=object()), "model is of type object, which shows no tokens; valid: a Model"),
+    (dict(images=IMAGES[0]), r"images of shape \(4, 6, 1\); the model takes \(batch, 4, 6, 1\)"),
+    (dict(images=IMAGES[0], titles=["one"]), r"images of shape \(4, 6, 1\)"),
+  ],
+)
+def test_what_cannot_be_drawn(changes, message, model, tmp_path):
+  given = dict(model=model, images=IMAGES, path=tmp_path / "survivors.png") | changes
+  with pytest.raises(ValueError, match=message):
+    save_survivors(**given)
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_model_without_sites_draws_the_images(drawn, tmp_path):
   save_survivors(make(), IMAGES[:1], tmp_path / "survivors.png")
   assert len(drawn[0].axes) == 1

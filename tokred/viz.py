@@ -1,5 +1,6 @@
 """Pictures of what a model keeps."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from tokred.data.batches import mean_std, normalise
 from tokred.model import Model, Reader
 from tokred.nn import placeholders
 
@@ -44,12 +46,14 @@ def save_survivors(
 ) -> Path:
   """Draws, a row an image and a column a block that reduces, which patches are left.
 
-  Dropped patches are tinted; patches that share a token have frames, of one colour for each token.  Of a
-  vision-language model: what reaches the language model, and what is left behind each of its layers that reduces.
+  Dropped patches are tinted, as are those that go round a block and are back behind it ("inside block 3"); patches that
+  share a token have frames, of one colour for each token.  Of a vision-language model: what reaches the language model,
+  and what is left behind each of its layers that reduces.
 
   Args:
     model: with parameters.
-    images: (B, height, width, channels) float32, as the model takes them; of a vision-language model (B, R, ...).
+    images: (B, height, width, channels), float32 as the model takes them, or uint8 of its size; of a vision-language
+      model (B, R, ...).
     path: of the PNG; written to a temporary name and renamed.
     titles: one a row.
     ids: (B, S) int32 prompts of a vision-language model, as `tokred.evaluate.prompts` has them.
@@ -59,8 +63,24 @@ def save_survivors(
     The path.
 
   Raises:
-    ValueError: a vision-language model without ids.
+    ValueError: no Model, a path that is no .png, not as many titles as rows, ids where there is no text or none where
+      there is, or images that the model does not take.
   """
+  path = Path(path)
+  if not isinstance(model, Model):
+    raise ValueError(
+      f"model is of type {type(model).__name__}, which shows no tokens; valid: a Model, as tokred.build and load "
+      "give it (of an export: with orbax or safetensors)"
+    )
+  if path.suffix.lower() != ".png":
+    raise ValueError(f"path={str(path)!r}; valid: a file that ends in .png")
+  if ids is not None and not isinstance(model, Reader):
+    raise ValueError("ids are given, but a model of images alone reads none; leave them out")
+  rows = math.prod(np.shape(images)[:-3])
+  if titles is not None and (isinstance(titles, str) or len(titles) != rows):
+    raise ValueError(f"titles={titles!r} for {rows} images; valid: a list of as many")
+  if getattr(images, "dtype", None) == np.uint8:
+    images = normalise(np.asarray(images), mean_std(model.config.data, model.config.model.channels)).astype(np.float32)
   if isinstance(model, Reader):
     shape, prefix, stages = model.module.tower.shape, 0, _read(model, ids, images, mask)
     images = np.reshape(images, (-1, *np.shape(images)[2:]))
@@ -68,20 +88,20 @@ def save_survivors(
     shape, prefix, stages = model.module.shape, model.module.shape.num_prefix_tokens, _stages(model, images)
   mean, std = (np.asarray(model.config.data[name], np.float32) for name in ("mean", "std"))
   pictures = np.clip(np.asarray(images) * std + mean, 0, 1) * np.ones(3)  # grey images become RGB
-  rows, columns = len(pictures), len(stages) + 1
-  figure, axes = plt.subplots(
-    rows, columns, figsize=(max(1.7 * columns, 5.0), 1.7 * rows + 0.6), squeeze=False, layout="constrained"
-  )
+  columns, size = len(stages) + 1, (max(1.7 * (len(stages) + 1), 5.0), 1.7 * len(pictures) + 0.6)
+  figure, axes = plt.subplots(len(pictures), columns, figsize=size, squeeze=False, layout="constrained")
   for row, picture in enumerate(pictures):
-    _draw(axes[row, 0], picture, "" if row else f"image: {shape.num_tokens} tokens", titles[row] if titles else "")
+    _draw(
+      axes[row, 0], picture, "" if row else f"image: {shape.num_tokens} tokens", "" if titles is None else titles[row]
+    )
     for column, (name, owners) in enumerate(stages, 1):
       kept, shared = survivors(owners[row], prefix)
       tint = np.kron(kept.reshape(shape.grid), np.ones((shape.patch, shape.patch)))[..., None]
       title = "" if row else f"{name}: {_count(owners)} tokens"
       _draw(axes[row, column], np.where(tint, picture, 0.2 * picture + 0.8 * DROPPED), title, "")
       _frames(axes[row, column], owners[row][prefix:], shared, shape)
-  figure.supxlabel("blue: dropped; frames of one colour: merged into one token; else a token of its own", fontsize=8)
-  path = Path(path)
+  gone = "dropped, or gone round" if any(name.startswith("inside") for name, _ in stages) else "dropped"
+  figure.supxlabel(f"blue: {gone}; frames of one colour: merged into one token", fontsize=8)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.tmp")
   try:
@@ -94,12 +114,18 @@ def save_survivors(
 
 
 def _stages(model: Model, images: np.ndarray) -> list[tuple[str, np.ndarray]]:
-  """(name, owner (B, S)) after every block that changed who represents whom, and after the `output` sites."""
+  """(name, owner (B, S)) after every block that changed who represents whom, and after the `output` sites.
+
+  Where tokens are back already behind the block that they went round, inside it.
+  """
   output, depth = model.inspect(images), model.module.shape.depth
   owners = [np.asarray(output.aux[f"owner/{layer}"]) for layer in range(depth)] + [np.asarray(output.tokens.owner)]
   names = [f"block {layer}" for layer in range(depth)] + ["output"]
   before, stages = np.broadcast_to(np.arange(owners[0].shape[1]), owners[0].shape), []
-  for name, owner in zip(names, owners, strict=True):
+  for layer, (name, owner) in enumerate(zip(names, owners, strict=True)):
+    inside = np.asarray(output.aux.get("inside", {}).get(layer, before))
+    if not np.array_equal(inside, before):
+      stages.append((f"inside {name}", inside))
     if not np.array_equal(owner, before):
       stages.append((name, owner))
     before = owner

@@ -152,7 +152,10 @@ class Block(nn.Module):
     if scope is not None and "outer" in self.sites.needs(layer):
       tokens = tokens.replace(feats=tokens.feats | {"outer": scope.outer.visible})
     tokens = run(tokens, "after", aux)
+    if scope is not None:  # an MLP inside a scope says nothing of those that go round both
+      aux.pop("inside", None)
     if self.sites.closes(layer):
+      aux["inside"] = {layer: tk.follow(scope.outer.owner, tokens.owner)}
       tokens, scope = scope.leave(tokens), None
     return tokens, scope, aux
 
@@ -271,7 +274,9 @@ class Block(nn.Module):
     rows = self._shared(inner, self.sites.means().mlp, mode)
     update = self._mlp(inner.x) if rows is None else rows.run(self._mlp, inner.x)
     out = inner.replace(x=inner.x + self._drop(update, "2", train))
-    out = out if around is None else around.leave(out)
+    if around is not None:
+      aux["inside"] = {self.layer: tk.follow(tokens.owner, inner.owner)}
+      out = around.leave(out)
     if "mlp_update" not in self.sites.needs(self.layer):
       return out
     if around is not None:

@@ -51,7 +51,8 @@ class Output:
   tokens: Tokens  # after the final norm
   features: Array  # (B, D) float32, what the head reads; (B, 2 D) where pool="cls_avg"
   aux: dict[str, Any]  # "reduce/<site>/<name>": what its spots report, by their index; "owner/<layer>": (B, S) int32,
-  # -1 while a token goes round the block; "tokens/<layer>": (B, N, D) as they leave the block
+  # -1 while a token goes round the block, and the same of those that are back behind it in "inside", by layer;
+  # "tokens/<layer>": (B, N, D) as they leave the block
 
 
 class Shape(struct.PyTreeNode):
