@@ -10,7 +10,7 @@ from golden import quick
 
 from tokred import rates
 from tokred import tokens as tk
-from tokred.reducers import base
+from tokred.reducers import base, peaks
 from tokred.reducers.transforming import Transforming
 
 
@@ -87,8 +87,8 @@ def test_shares_are_rounded_up():
 def test_the_largest_of_a_group_is_shared():
   """Channel by channel: 5 of two members that are alike, to each half of its slope."""
   x, owner = jnp.asarray([[[5.0, 1.0], [5.0, 2.0], [9.0, 9.0]]]), jnp.asarray([[0, 0, -1]])
-  np.testing.assert_array_equal(base._largest(x, owner)[0, 0], [5, 2])
-  slope = jax.grad(lambda x: base._largest(x, owner)[0, 0].sum())(x)
+  np.testing.assert_array_equal(peaks._largest(x, owner)[0, 0], [5, 2])
+  slope = jax.grad(lambda x: peaks._largest(x, owner)[0, 0].sum())(x)
   np.testing.assert_array_equal(slope[0], [[0.5, 0], [0.5, 1], [0, 0]])
 
 

@@ -35,9 +35,14 @@ def flags(tree, prefix="--config"):
 
 def start(workdir, environment):
   command = [sys.executable, "train.py", "--config=configs/digits.py:learned", f"--workdir={workdir}"]
-  return subprocess.Popen(
-    [*command, *flags(OVERRIDES)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
+  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  before = signal.signal(
+    signal.SIGINT, signal.SIG_DFL
+  )  # ignored where tests run in the background, and inherited
+  try:
+    return subprocess.Popen([*command, *flags(OVERRIDES)], cwd=ROOT, env=environment, **pipes)
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def wait_until(process, happened, every=0.01):

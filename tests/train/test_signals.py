@@ -14,7 +14,15 @@ from tokred import checkpoint
 from tokred.train import loop, signals
 
 
-def test_ctrl_c_saves_and_a_second_one_is_not_waited_for(one_device, monkeypatch, tmp_path, capfd):
+@pytest.fixture
+def foreground():
+  """Ctrl-C as a terminal's own job has it; where tests run in the background it is ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_and_a_second_one_is_not_waited_for(foreground, one_device, monkeypatch, tmp_path, capfd):
   real, times = loop._Run._report, 1
 
   def report(self, last):  # while the second step is under way
