@@ -36,9 +36,7 @@ def flags(tree, prefix="--config"):
 def start(workdir, environment):
   command = [sys.executable, "train.py", "--config=configs/digits.py:learned", f"--workdir={workdir}"]
   pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-  before = signal.signal(
-    signal.SIGINT, signal.SIG_DFL
-  )  # ignored where tests run in the background, and inherited
+  before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where tests run in the background, and inherited
   try:
     return subprocess.Popen([*command, *flags(OVERRIDES)], cwd=ROOT, env=environment, **pipes)
   finally:
