@@ -16,6 +16,7 @@ from tokred.config import complete
 from tokred.export.folder import LANGUAGE_CARD
 from tokred.model import Model, build, init
 from tokred.nn.vit import shape
+from tokred.pretrained.source import SILENT, SIZES
 from tokred.sharding import path_name
 
 
@@ -124,8 +125,8 @@ def read(path: str | os.PathLike[str], target: Any = None, model: Any = None) ->
   if target is None or model is None:
     return params
   own = {name: pretrained.Lazy(a.shape, a.dtype, lambda a=a: a) for name, a in _flat(params).items()}
-  told = {field: config.model[field] for field in ("activation", "norm_eps", "position", "rope_theta")}
-  told |= {field: getattr(shape(config.model), field) for field in ("width", "depth", "mlp_dim", "num_heads")}
+  told = {field: config.model[field] for field in SILENT}
+  told |= {field: getattr(shape(config.model), field) for field in SIZES}
   source = pretrained.Source(str(path), {"model": told}, {}, lambda heads: (), _grid(config.model), own=own)
   source.check(model)
   if model.name == "vlm":

@@ -88,8 +88,9 @@ def save_survivors(
     shape, prefix, stages = model.module.shape, model.module.shape.num_prefix_tokens, _stages(model, images)
   mean, std = (np.asarray(model.config.data[name], np.float32) for name in ("mean", "std"))
   pictures = np.clip(np.asarray(images) * std + mean, 0, 1) * np.ones(3)  # grey images become RGB
-  columns, size = len(stages) + 1, (max(1.7 * (len(stages) + 1), 5.0), 1.7 * len(pictures) + 0.6)
-  figure, axes = plt.subplots(len(pictures), columns, figsize=size, squeeze=False, layout="constrained")
+  columns = len(stages) + 1
+  size = max(1.7 * columns, 5.0), 1.7 * rows + 0.6
+  figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
   for row, picture in enumerate(pictures):
     _draw(
       axes[row, 0], picture, "" if row else f"image: {shape.num_tokens} tokens", "" if titles is None else titles[row]
